@@ -1,0 +1,43 @@
+"""Any PyTorch model in, a smaller, faster and proven ONNX file out.
+
+result = compress.run(model, "int4", example_inputs=(x,), calibration=batches)
+artifact = compress.export(result.graph, "model.onnx")
+print(compress.verify(artifact, result.reference))
+"""
+
+from __future__ import annotations
+
+from compress.api import Result, export, run, verify
+from compress.artifact import Artifact, Verification
+from compress.capture import capture
+from compress.encoding import EncodedWeight, IntEncoding
+from compress.errors import CompressError
+from compress.graph import Graph, Site
+from compress.inputs import InputSpec
+from compress.pipeline import Change, Context, Note, Pass, PassResult, Pipeline
+from compress.recipe import Recipe
+from compress.report import Report
+
+__all__ = [
+    "Artifact",
+    "Change",
+    "CompressError",
+    "Context",
+    "EncodedWeight",
+    "Graph",
+    "InputSpec",
+    "IntEncoding",
+    "Note",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Recipe",
+    "Report",
+    "Result",
+    "Site",
+    "Verification",
+    "capture",
+    "export",
+    "run",
+    "verify",
+]

@@ -1,0 +1,267 @@
+"""The four calls everything else is made of: capture, run, export, verify.
+
+This is the one core module that looks up passes and exporters, and it does so when it is called, so
+importing `compress` needs only torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.artifact import Artifact, Verification
+from compress.capture import Source, capture
+from compress.data import CalibrationData, describe_missing, load_calibration
+from compress.errors import ExportError, OutputError, RecipeError
+from compress.examples import first_sample
+from compress.graph import Graph
+from compress.inputs import InputSpec
+from compress.pipeline import Context, Pass, Pipeline
+from compress.progress import Progress, Silent
+from compress.recipe import Recipe
+from compress.recipes import RECIPES, named
+from compress.report import Report
+
+RecipeLike = str | Path | Mapping[str, Any] | Sequence[Pass] | Recipe
+EvalFn = Callable[[torch.nn.Module], float]
+
+
+@dataclass
+class Result:
+    """What `run` returns.
+
+    Attributes:
+        graph: the compressed graph, ready for `export`.
+        reference: the graph as captured.
+        report: what was done, layer by layer.
+        samples: a few calibration batches (flat inputs), for `verify`.
+    """
+
+    graph: Graph
+    reference: Graph
+    report: Report
+    samples: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def module(self) -> fx.GraphModule:
+        """The compressed model as a callable `nn.Module` with the original's signature."""
+        return self.graph.module()
+
+
+def run(
+    source: Source,
+    recipe: RecipeLike = "int8",
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    eval_fn: EvalFn | None = None,
+    seed: int = 0,
+    inputs: Sequence[str | InputSpec] = (),
+    model: str | Callable[[], torch.nn.Module] | None = None,
+    trust: bool = False,
+    tokenizer: str | Path | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    samples: int = 512,
+    max_memory: int = 4 << 30,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a model.
+
+    Args:
+        source: an `nn.Module`, a `Graph`, an exported program, or a path.
+        recipe: name of a built-in recipe, path of a YAML file, a mapping, or a list of passes.
+        example_inputs: as for `capture`; by default the first calibration sample.
+        calibration: an iterable of items (a tensor, a tuple of inputs and perhaps labels, or a dict),
+            a path, or "module:callable"; see `compress.data.load_calibration`.
+        eval_fn: metric of a module, higher is better; its values are put in the report.
+        seed: of everything random.
+        inputs, model, trust: as for `capture`.
+        tokenizer, normalize, samples: as for `load_calibration`.
+        max_memory: bytes of activations kept in memory while calibrating.
+        progress: told about every layer.
+
+    Raises:
+        CompressError: see `compress.errors`; one of its kinds for everything a user can get wrong.
+    """
+    began = time.perf_counter()
+    progress = progress or Silent()
+    # the recipe first: a typing error in it should not cost a minute of loading
+    plan = _recipe(recipe)
+    pipeline, resolved = _pipeline(plan, recipe)
+    if example_inputs is None and not inputs and calibration is not None and not isinstance(source, Graph):
+        example_inputs, calibration = first_sample(calibration, source)
+    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust)
+    data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
+    context = Context(reference, data, seed, max_memory, progress)
+    graph, reports = pipeline.run(reference, context)
+    graph.meta.update(recipe=resolved, seed=seed, calibration_sha256=data.sha256 if data else None)
+    report = Report(
+        recipe=resolved,
+        provenance=_provenance(reference, data, seed),
+        passes=reports,
+        float_bytes=reference.nbytes,
+        tensor_bytes=graph.nbytes,
+        parameters=reference.parameters,
+        calibration=data.description if data else describe_missing(),
+        order=list(dict.fromkeys(site.weight for site in graph.sites())),
+    )
+    if eval_fn is not None:
+        with torch.no_grad():
+            report.provenance["metric"] = {
+                "original": float(eval_fn(reference.module())),
+                "compressed": float(eval_fn(graph.decoded().module())),
+            }
+    report.seconds = time.perf_counter() - began
+    return Result(graph, reference, report, _some(data))
+
+
+def export(
+    graph: Graph,
+    path: str | Path,
+    target: str = "onnx",
+    *,
+    samples: Sequence[Sequence[Tensor]] = (),
+    results: Callable[[Artifact], Mapping[str, Any]] | None = None,
+) -> Artifact:
+    """Write a graph as a file, proven against the graph before it takes its name.
+
+    Args:
+        graph: from `run(...).graph` or `capture`.
+        path: the file to write; replaced if it exists.
+        target: "onnx".
+        samples: real flat inputs to prove it on, besides two random shapes.
+        results: called with the proven file before it takes its name; what it returns is stored in it.
+
+    Raises:
+        ExportError, VerificationError, OutputError, MissingExtra.
+    """
+    exporter = _exporter(target)
+    path = Path(path)
+    if not path.name:
+        raise OutputError(f"{path} is no file name")
+    keys = ("recipe", "seed", "source", "sha256", "calibration_sha256")
+    metadata = {k: graph.meta[k] for k in keys if graph.meta.get(k) is not None}
+    metadata["versions"] = _versions()
+    artifact: Artifact = exporter.export(graph, path, samples=samples, metadata=metadata, results=results)
+    return artifact
+
+
+def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: Any) -> Verification:
+    """Run a written file against the original model and time it against the uncompressed export.
+
+    Args:
+        artifact: from `export`.
+        reference: the original; a module is captured with the artifact's own inputs.
+        options: of `compress.exporters.verify.verify`: samples, eval_fn, batch_sizes, threads, seconds.
+    """
+    from compress.exporters.verify import verify as verify_onnx
+
+    if not isinstance(reference, Graph):
+        reference = capture(reference, inputs=artifact.graph.inputs)
+    return verify_onnx(artifact, reference, **options)
+
+
+def pass_table() -> Mapping[str, type[Pass]]:
+    """Every pass a recipe can name."""
+    from compress.passes import PASSES
+
+    return PASSES
+
+
+# -- helpers --------------------------------------------------------------------------------------
+
+
+def _recipe(recipe: RecipeLike) -> Recipe | None:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(recipe)
+    if isinstance(recipe, str | Path):
+        text = str(recipe)
+        if text in RECIPES:
+            return RECIPES[text]
+        if isinstance(recipe, Path) or Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
+            return Recipe.from_file(text)
+        return named(text)
+    if isinstance(recipe, Sequence) and recipe and all(isinstance(p, Pass) for p in recipe):
+        return None
+    raise RecipeError(
+        f"recipe is {recipe!r}", expected="a name, a path, a mapping, or a list of passes with at least one"
+    )
+
+
+def _pipeline(plan: Recipe | None, recipe: RecipeLike) -> tuple[Pipeline, dict[str, Any]]:
+    if plan is not None:
+        table = pass_table()
+        return plan.build(table), plan.resolved(table)
+    assert isinstance(recipe, Sequence)
+    passes = tuple(p for p in recipe if isinstance(p, Pass))
+    steps = [{"pass": p.name, **p.options()} for p in passes]
+    return Pipeline(passes), {"metadata": {"name": "custom"}, "passes": steps}
+
+
+def _calibration(
+    source: Any,
+    reference: Graph,
+    tokenizer: str | Path | None,
+    samples: int,
+    normalize: tuple[Sequence[float], Sequence[float]] | None,
+    seed: int,
+) -> CalibrationData | None:
+    if source is None or isinstance(source, CalibrationData):
+        return source
+    return load_calibration(
+        source,
+        inputs=reference.inputs,
+        tokenizer=tokenizer or reference.meta.get("tokenizer"),
+        samples=samples,
+        normalize=normalize,
+        seed=seed,
+    )
+
+
+def _some(data: CalibrationData | None, count: int = 4) -> list[tuple[Tensor, ...]]:
+    if data is None:
+        return []
+    batches = []
+    for batch in data:
+        batches.append(batch.inputs)
+        if len(batches) == count:
+            break
+    return batches
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("compress-models")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"compress": own, "torch": torch.__version__}
+
+
+def _provenance(reference: Graph, data: CalibrationData | None, seed: int) -> dict[str, Any]:
+    return {
+        "source": reference.meta.get("source"),
+        "sha256": reference.meta.get("sha256"),
+        "calibration_sha256": data.sha256 if data else None,
+        "notes": reference.meta.get("notes", []),
+        "seed": seed,
+        "versions": _versions(),
+    }
+
+
+def _exporter(target: str) -> Any:
+    from compress.exporters import EXPORTERS
+
+    if target not in EXPORTERS:
+        raise ExportError(f"there is no target {target!r}", expected=f"one of {', '.join(EXPORTERS)}")
+    module, name = EXPORTERS[target].split(":")
+    return getattr(importlib.import_module(module), name)()

@@ -1,0 +1,114 @@
+"""A written file, and what was found out about it by running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.graph import Graph
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """How one weight stands in the file.
+
+    Attributes:
+        weight: its name.
+        form: operators, e.g. "DequantizeLinear(INT4) -> MatMul".
+        loads_as: what the target makes of it, e.g. "MatMulNBits" or "decoded at load".
+        nodes: names of the file's nodes that decode it.
+    """
+
+    weight: str
+    form: str
+    loads_as: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A proven file.
+
+    Attributes:
+        path: the file (external data lies beside it as ``<name>.data``).
+        target: exporter that wrote it.
+        graph: what was written.
+        nbytes: size on disk, external data included.
+        lowered: the form of every encoded weight.
+        proof_db: worst SQNR over outputs and shapes of the file, run operator by operator,
+            against `graph`, in dB.
+    """
+
+    path: Path
+    target: str
+    graph: Graph
+    nbytes: int
+    lowered: tuple[Lowered, ...]
+    proof_db: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same inputs, one output.
+
+    Attributes:
+        what: e.g. "file vs original".
+        output: name of the output.
+        shape: of the output.
+        sqnr_db: signal to noise in dB.
+        cosine: mean over rows.
+        max_abs: largest absolute difference.
+        top1: fraction of rows with the same argmax.
+    """
+
+    what: str
+    output: str
+    shape: tuple[int, ...]
+    sqnr_db: float
+    cosine: float
+    max_abs: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of interleaved runs, one thread.
+
+    Attributes:
+        sizes: the dynamic dimensions of this run.
+        float_ms, compressed_ms: median milliseconds of one call.
+        speedup: median of the pairwise ratios float / compressed; above 1 is faster.
+        spread: half the interquartile range of those ratios; differences below it are noise.
+        samples: pairs measured.
+    """
+
+    sizes: dict[str, int]
+    float_ms: float
+    compressed_ms: float
+    speedup: float
+    spread: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What running the file showed.
+
+    Attributes:
+        inputs: where the inputs came from.
+        comparisons: file and compressed graph against the original, file against compressed graph.
+        timings: against the uncompressed export on the same runtime; empty if not asked for.
+        float_bytes: size of that export; 0 if not made.
+        unfused: weights that the runtime decodes on every call.
+        metric: value of the user's metric for "original", "compressed" and "file"; empty without one.
+        environment: runtime version, processor, threads.
+    """
+
+    inputs: str
+    comparisons: tuple[Comparison, ...]
+    timings: tuple[Timing, ...] = ()
+    float_bytes: int = 0
+    unfused: tuple[str, ...] = ()
+    metric: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,466 @@
+"""The calibration sweep: what every layer's input looks like, layer after layer, in one pass.
+
+The sweep runs the compressed graph (and, where a method asks for it, the original one in lockstep)
+node by node over *all* calibration batches. At a site it hands the streamed statistics of the site's
+input to a visitor, takes the new weight, and goes on from the compressed prefix. So every layer sees
+the inputs it will see in the finished model, for the price of one forward pass on each side.
+
+Only live values are kept, and past `max_memory` the ones needed last are spilled to disk, so memory
+does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from compress.encoding import EncodedWeight
+from compress.errors import CalibrationError
+from compress.graph import Graph, Site, argument
+from compress.progress import Progress, Silent
+
+Need = Literal["diag", "mean", "H", "G"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second-order statistics of a site's input, normalised by the number of rows.
+
+    A row ``x`` (N entries) is one token of a linear layer or one flattened patch ``(C_in/groups, kh, kw)``
+    of a convolution; ``x~`` is the same row in the compressed graph. The first axis counts
+    convolution groups (1 elsewhere). What was not asked for is None.
+
+    Attributes:
+        rows: number of rows seen.
+        diag: float32 ``[groups, N]``, ``E[x~_j^2]``.
+        mean: float32 ``[groups, N]``, ``E[x]`` in the original graph.
+        mean_compressed: float32 ``[groups, N]``, ``E[x~]``.
+        H: float32 ``[groups, N, N]``, ``E[x~ x~^T]``.
+        G: float32 ``[groups, N, N]``, ``E[x~ x^T]``.
+    """
+
+    rows: int
+    diag: Tensor
+    mean: Tensor | None = None
+    mean_compressed: Tensor | None = None
+    H: Tensor | None = None
+    G: Tensor | None = None
+
+
+def output_error(weight: Tensor, new: Tensor, statistics: Statistics | None) -> float:
+    """Relative error of a layer's output when its weight changes, a fraction.
+
+    ``sqrt(E|(w - w') x|^2 / E|w x|^2)``, from H if it was collected, else with the covariance taken as
+    diagonal, else (no data) of the weight itself.
+
+    Args:
+        weight, new: ``[O, ...]``, same shape.
+    """
+    groups = 1 if statistics is None else statistics.diag.shape[0]
+    w = weight.detach().float().reshape(groups, weight.shape[0] // groups, -1)
+    d = w - new.detach().float().reshape_as(w)
+
+    def energy(m: Tensor) -> float:
+        if statistics is None:
+            return float(m.double().square().sum())
+        if statistics.H is not None:
+            return float(((m @ statistics.H) * m).double().sum())
+        return float((m.square() * statistics.diag.unsqueeze(1)).double().sum())
+
+    total = energy(w)
+    return math.sqrt(max(energy(d), 0.0) / total) if total > 0 else 0.0
+
+
+Visitor = Callable[[Site, Tensor, Statistics | None], Tensor | EncodedWeight | None]
+"""(site, weight, statistics or None without data) -> new values, an encoding, or None to leave it."""
+
+
+def sweep(
+    graph: Graph,
+    sites: Sequence[Site],
+    visit: Visitor,
+    *,
+    batches: Iterable[Sequence[Tensor]] | None = None,
+    reference: Graph | None = None,
+    needs: frozenset[Need] = frozenset({"diag"}),
+    max_memory: int = 4 << 30,
+    progress: Progress | None = None,
+) -> Graph:
+    """Visit sites in execution order and return the graph with the weights the visitor gave.
+
+    A weight with several sites is visited at the first of them. Embeddings have no statistics.
+
+    Args:
+        graph: what is being compressed; not changed.
+        sites: which of its sites to visit.
+        visit: called once for each weight.
+        batches: flat inputs of the graph, re-iterable; None for a data-free visit.
+        reference: the original graph, for "mean" and "G"; a site whose node it lacks counts as
+            unchanged upstream (``x = x~``).
+        needs: statistics to collect.
+        max_memory: bytes of live activations kept in memory.
+        progress: told about every visited site.
+    """
+    progress = progress or Silent()
+    result = graph.copy()
+    todo: dict[str, Site] = {}
+    for site in sites:
+        todo.setdefault(site.weight, site)
+    at_node = {site.node: site for site in todo.values()}
+    if batches is None:
+        for site in todo.values():
+            progress.step(site.name)
+            _store(result, site, visit(site, graph.weight(site.weight), None))
+        return result
+    with tempfile.TemporaryDirectory(prefix="compress-sweep-") as folder:
+        store = _ValueStore(max_memory, Path(folder))
+        original = None
+        if reference is not None and needs & {"mean", "G"}:
+            original = _Lane("original", reference, batches, store)
+        lane = _Lane("compressed", graph, batches, store, twin=original)
+        cache: dict[Any, Statistics] = {}
+        for node in lane.until_last(at_node):
+            here = at_node.get(node.name)
+            if here is not None:
+                statistics = _statistics(here, node, lane, original, needs, cache)
+                progress.step(here.name)
+                source = _weight_node(node, here)
+                new = visit(here, lane.constant(source), statistics)
+                _store(result, here, new)
+                if new is not None:
+                    lane.override(source, result.weight(here.weight))
+            lane.compute(node)
+            for key in [k for k in cache if not lane.alive(k[0])]:
+                del cache[key]
+    return result
+
+
+def _store(graph: Graph, site: Site, new: Tensor | EncodedWeight | None) -> None:
+    if isinstance(new, EncodedWeight):
+        graph.set_encoding(site.weight, new)
+    elif new is not None:
+        graph.set_weight(site.weight, new)
+
+
+def _weight_node(node: fx.Node, site: Site) -> fx.Node:
+    value = node.args[0 if site.kind == "embedding" else 1]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def _statistics(
+    site: Site,
+    node: fx.Node,
+    lane: _Lane,
+    original: _Lane | None,
+    needs: frozenset[Need],
+    cache: dict[Any, Statistics],
+) -> Statistics | None:
+    if site.kind == "embedding":
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    geometry = None
+    if site.kind == "conv":
+        geometry = _Geometry.of(node, tuple(lane.constant(_weight_node(node, site)).shape[2:]))
+    key = (source.name, geometry)
+    if key not in cache:
+        cache[key] = _collect(node, source, lane, original, needs, geometry)
+    return cache[key]
+
+
+def _collect(
+    node: fx.Node,
+    source: fx.Node,
+    lane: _Lane,
+    original: _Lane | None,
+    needs: frozenset[Need],
+    geometry: _Geometry | None,
+) -> Statistics:
+    """Stream over the batches; one row matrix of one batch is the most that is held."""
+    twin = original.input_of(node.name) if original is not None else None
+    rows = 0
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = value if name not in sums else sums[name].add_(value)
+
+    for batch in range(lane.batches):
+        other = original.value(twin, batch) if original is not None and twin is not None else None
+        for part in _chunks(lane.value(source, batch), other):
+            x_tilde = _rows(part[0], geometry)
+            rows += x_tilde.shape[1]
+            add("diag", x_tilde.square().sum(1))
+            if "H" in needs:
+                add("H", x_tilde.mT @ x_tilde)
+            if needs & {"mean", "G"}:
+                x = x_tilde if part[1] is None else _rows(part[1], geometry)
+                add("mean", x.sum(1))
+                add("mean_compressed", x_tilde.sum(1))
+                if "G" in needs:
+                    add("G", x_tilde.mT @ x)
+    return Statistics(rows, **{name: total / max(rows, 1) for name, total in sums.items()})
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """What turns a convolution's input into rows."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, node: fx.Node, kernel: tuple[int, ...]) -> _Geometry:
+        rank = len(kernel)
+
+        def each(name: str, default: int) -> tuple[int, ...]:
+            value = argument(node, name, default)
+            values = (value,) if isinstance(value, int) else tuple(value)
+            return values * rank if len(values) == 1 else values
+
+        dilation = each("dilation", 1)
+        padding = argument(node, "padding", 0)
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            pads = tuple((t // 2, t - t // 2) for t in total)
+        elif padding == "valid":
+            pads = ((0, 0),) * rank
+        else:
+            pads = tuple((p, p) for p in each("padding", 0))
+        return cls(kernel, each("stride", 1), pads, dilation, int(argument(node, "groups", 1)))
+
+
+def _rows(x: Tensor, geometry: _Geometry | None) -> Tensor:
+    """Inputs as float32 rows ``[groups, rows, N]``.
+
+    Linear: ``x`` is ``[..., N]``. Convolution: ``x`` is ``[B, C, *spatial]`` (or unbatched), a row is
+    the patch ``(C/groups, *kernel)`` in the order of ``weight.flatten(1)``.
+    """
+    x = x.float()
+    if geometry is None:
+        return x.reshape(1, -1, x.shape[-1])
+    rank = len(geometry.kernel)
+    if x.ndim == rank + 1:
+        x = x.unsqueeze(0)
+    flat_pads = [p for pair in reversed(geometry.padding) for p in pair]
+    x = torch.nn.functional.pad(x, flat_pads)
+    for axis in range(rank):
+        # after unfolding, the window of this axis is the last axis; dilation takes every d-th of it
+        span = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, geometry.stride[axis])[..., :: geometry.dilation[axis]]
+    batch, channels, *rest = x.shape
+    places = math.prod(rest[:rank])
+    x = x.reshape(batch, geometry.groups, channels // geometry.groups, places, -1)
+    return x.permute(1, 0, 3, 2, 4).reshape(geometry.groups, batch * places, -1)
+
+
+_CHUNK = 1 << 22
+"""Input elements turned into rows at a time; a 3x3 convolution makes nine times as many of them."""
+
+
+def _chunks(x_tilde: Tensor, x: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
+    count = max(1, math.ceil(x_tilde.numel() / _CHUNK))
+    if x_tilde.ndim < 2 or count == 1:
+        return [(x_tilde, x)]
+    parts = x_tilde.chunk(count)
+    return zip(parts, x.chunk(count) if x is not None else [None] * len(parts), strict=True)
+
+
+# -- running node by node over all batches ---------------------------------------------------------
+
+
+class _Lane:
+    """One graph, evaluated node by node over all batches at once.
+
+    Where a `twin` (the original graph) has computed the same node from the same inputs, its values
+    are taken over, so the prefix that is not compressed yet costs nothing twice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        feed: Iterable[Sequence[Tensor]],
+        store: _ValueStore,
+        twin: _Lane | None = None,
+    ) -> None:
+        self.name = name
+        self.graph = graph
+        self.store = store
+        self.twin = twin
+        self.batches = 0
+        self.nodes = list(graph.ops.nodes)
+        self.by_name = {n.name: n for n in self.nodes}
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.uses = {n: sorted(self.position[u] for u in n.users) for n in self.nodes}
+        self.constants: dict[fx.Node, Any] = {}
+        self.variable: set[fx.Node] = set()
+        self.diverged: set[str] = set()
+        self.done = 0
+        self.live: set[str] = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or any(i in self.variable for i in node.all_input_nodes):
+                self.variable.add(node)
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        for batch in feed:
+            for node, value in zip(placeholders, batch, strict=True):
+                self.store.put((name, node.name, self.batches), value, self.uses[node], -1)
+            self.batches += 1
+        if not self.batches:
+            raise CalibrationError("the calibration data is empty", expected="at least one sample")
+
+    def until_last(self, sites: dict[str, Site]) -> list[fx.Node]:
+        """The nodes up to the last site: nothing after it needs computing."""
+        last = max((self.position[self.by_name[name]] for name in sites), default=-1)
+        return self.nodes[: last + 1]
+
+    def alive(self, name: str) -> bool:
+        return name in self.live
+
+    def constant(self, node: fx.Node) -> Tensor:
+        """The value of a node that depends on weights only."""
+        if node not in self.constants:
+            arguments = {i: self.constant(i) for i in node.all_input_nodes}
+            self.constants[node] = self.graph.evaluate(node, arguments)
+        value: Tensor = self.constants[node]
+        return value
+
+    def override(self, node: fx.Node, value: Tensor) -> None:
+        """From here on this weight has another value."""
+        self.constants[node] = value
+        self.diverged.add(node.name)
+
+    def value(self, node: fx.Node, batch: int) -> Any:
+        if node not in self.variable:
+            return self.constant(node)
+        return self.store.get((self.name, node.name, batch))
+
+    def input_of(self, name: str) -> fx.Node | None:
+        """The first input of the node of this name, computed; None if there is no such node."""
+        node = self.by_name.get(name)
+        if node is None:
+            return None
+        for earlier in self.nodes[self.done : self.position[node]]:
+            self.compute(earlier)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+    def compute(self, node: fx.Node) -> None:
+        """Evaluate one node for all batches, then drop the values nobody reads any more."""
+        here = self.position[node]
+        self.done = here + 1
+        if node.op == "output":
+            return
+        if node.op == "placeholder":
+            self.live.add(node.name)
+        elif node in self.variable:
+            shared = self._shared(node)
+            for batch in range(self.batches):
+                key = (self.name, node.name, batch)
+                if shared:
+                    assert self.twin is not None
+                    value = self.store.get((self.twin.name, node.name, batch))
+                else:
+                    arguments = {i: self.value(i, batch) for i in node.all_input_nodes}
+                    value = self.graph.evaluate(node, arguments)
+                self.store.put(key, value, self.uses[node], here)
+            self.live.add(node.name)
+            if not shared:
+                self.diverged.add(node.name)
+        else:
+            if not self._same_constant(node):
+                self.diverged.add(node.name)
+        for source in [node, *node.all_input_nodes]:
+            if not self.uses[source] or self.uses[source][-1] <= here:
+                self._drop(source)
+
+    def _drop(self, node: fx.Node) -> None:
+        self.constants.pop(node, None)
+        self.live.discard(node.name)
+        for batch in range(self.batches):
+            self.store.drop((self.name, node.name, batch))
+
+    def _same_constant(self, node: fx.Node) -> bool:
+        if self.twin is None or node.op != "get_attr":
+            return False
+        other = self.twin.graph.tensors.get(str(node.target))
+        return other is not None and other is self.graph.tensors.get(str(node.target))
+
+    def _shared(self, node: fx.Node) -> bool:
+        """Whether the twin computes the same value at this node; if so, it has done so now."""
+        twin = self.twin and self.twin.by_name.get(node.name)
+        if not self.twin or not twin or twin.target != node.target or twin.op != node.op:
+            return False
+        if any(i.name in self.diverged for i in node.all_input_nodes):
+            return False
+        if str(twin.args) != str(node.args) or str(twin.kwargs) != str(node.kwargs):
+            return False
+        for earlier in self.twin.nodes[self.twin.done : self.twin.position[twin] + 1]:
+            self.twin.compute(earlier)
+        return (self.twin.name, node.name, 0) in self.store
+
+
+class _ValueStore:
+    """Live values under a memory cap; what is needed last goes to disk first."""
+
+    def __init__(self, max_bytes: int, folder: Path) -> None:
+        self.max_bytes = max_bytes
+        self.folder = folder
+        self.memory: dict[tuple[str, str, int], Any] = {}
+        self.sizes: dict[tuple[str, str, int], int] = {}
+        self.uses: dict[tuple[str, str, int], list[int]] = {}
+        self.spilled: dict[tuple[str, str, int], Path] = {}
+        self.held = 0
+        self.files = 0
+
+    def __contains__(self, key: tuple[str, str, int]) -> bool:
+        return key in self.memory or key in self.spilled
+
+    def put(self, key: tuple[str, str, int], value: Any, uses: list[int], now: int) -> None:
+        size = sum(
+            t.numel() * t.element_size()
+            for t in (value if isinstance(value, tuple | list) else [value])
+            if isinstance(t, Tensor)
+        )
+        self.memory[key], self.sizes[key], self.uses[key] = value, size, uses
+        self.held += size
+        while self.held > self.max_bytes and any(self.sizes[k] for k in self.memory):
+            self._spill(max((k for k in self.memory if self.sizes[k]), key=lambda k: self._next(k, now)))
+
+    def get(self, key: tuple[str, str, int]) -> Any:
+        if key in self.memory:
+            return self.memory[key]
+        return torch.load(self.spilled[key], weights_only=True)
+
+    def drop(self, key: tuple[str, str, int]) -> None:
+        if key in self.memory:
+            del self.memory[key]
+            self.held -= self.sizes[key]
+        elif key in self.spilled:
+            self.spilled.pop(key).unlink()
+        self.sizes.pop(key, None)
+        self.uses.pop(key, None)
+
+    def _next(self, key: tuple[str, str, int], now: int) -> int:
+        return next((use for use in self.uses[key] if use > now), 1 << 60)
+
+    def _spill(self, key: tuple[str, str, int]) -> None:
+        self.files += 1
+        path = self.folder / f"{self.files}.pt"
+        torch.save(self.memory.pop(key), path)
+        self.held -= self.sizes[key]
+        self.spilled[key] = path

@@ -1,0 +1,226 @@
+"""Integer weight encodings: how a quantized weight is stored, and how it is decoded.
+
+One canonical packing serves every target. A weight of shape ``[O, ...]`` is viewed as a matrix
+``[O, N]`` (``N`` = product of the other dimensions, torch order) and each row is cut into groups
+of ``group_size`` consecutive columns that share one scale::
+
+    codes        uint8   [O, ceil(N * bits / 8)]   unsigned codes, low bits first within a byte
+    scales       float32 [O, ceil(N / group_size)]
+    zero_points  uint8   [O, ceil(groups * bits / 8)], packed like the codes; None when symmetric
+
+    weight[o, n] = (code[o, n] - zero_point[o, group(n)]) * scale[o, group(n)]
+
+A symmetric encoding has the constant zero point ``2**(bits-1)``, so its signed codes run from
+``-2**(bits-1)`` to ``2**(bits-1) - 1``, both reachable; scales may be negative. These bytes are
+what ``com.microsoft::MatMulNBits`` and ONNX UINT4 read; ONNX INT4 is the same with each code's top
+bit flipped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import PassError
+
+BITS = (2, 4, 8)
+"""Supported code widths. A 3-bit grid is a subset of the 4-bit one and has no kernel of its own."""
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+"""Block sizes with a fast kernel in ONNX Runtime; -1 stands for one scale per output row."""
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes along the last axis, low bits first.
+
+    Args:
+        codes: uint8 ``[..., N]`` with values below ``2**bits``.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 ``[..., ceil(N * bits / 8)]``; the last byte is padded with zero bits.
+
+    >>> pack(torch.tensor([1, 2, 15], dtype=torch.uint8), 4).tolist()
+    [33, 15]
+    """
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes.to(torch.uint8).contiguous()
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte))
+    lanes = padded.reshape(*padded.shape[:-1], -1, per_byte).to(torch.int32)
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device)
+    return (lanes << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
+    """The inverse of `pack`: uint8 ``[..., bytes]`` to uint8 ``[..., length]``.
+
+    >>> unpack(torch.tensor([33, 15], dtype=torch.uint8), 4, 3).tolist()
+    [1, 2, 15]
+    """
+    if bits == 8:
+        return packed[..., :length]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    lanes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return lanes.flatten(-2)[..., :length]
+
+
+@dataclass(frozen=True)
+class IntEncoding:
+    """Integer codes with one scale (and zero point) per group of columns.
+
+    Args:
+        bits: 2, 4 or 8.
+        group_size: columns that share a scale, or -1 for a whole row.
+        symmetric: True for the constant zero point ``2**(bits-1)``.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise PassError(f"bits={self.bits} is not supported", expected="bits of 2, 4 or 8")
+        if self.group_size != -1 and self.group_size not in GROUP_SIZES:
+            raise PassError(
+                f"group_size={self.group_size} is not supported",
+                expected=f"-1 (one scale per row) or one of {', '.join(map(str, GROUP_SIZES))}",
+            )
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, ``2**bits``."""
+        return 1 << self.bits
+
+    @property
+    def zero(self) -> int:
+        """The zero point of the symmetric form."""
+        return 1 << (self.bits - 1)
+
+    def width(self, columns: int) -> int:
+        """Columns per group for rows of this length: the group size, or the whole row."""
+        return columns if self.group_size == -1 else self.group_size
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of this length; the last one may be shorter."""
+        return math.ceil(columns / self.width(columns))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Exact bytes of codes, float32 scales and zero points for ``[rows, columns]``."""
+        groups = self.groups(columns)
+        per_row = math.ceil(columns * self.bits / 8) + 4 * groups
+        if not self.symmetric:
+            per_row += math.ceil(groups * self.bits / 8)
+        return rows * per_row
+
+    def __str__(self) -> str:
+        group = "per row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'}"
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight as stored: packed codes, scales and zero points (layouts in the module docstring).
+
+    ``shape`` and ``dtype`` are those of the weight it decodes to.
+    """
+
+    encoding: IntEncoding
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of the stored tensors."""
+        parts = [self.codes, self.scales, *([] if self.zero_points is None else [self.zero_points])]
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """Codes ``[O, N]`` and zero points ``[O, groups]``, both uint8, one value per element."""
+        bits, groups = self.encoding.bits, self.encoding.groups(self.columns)
+        codes = unpack(self.codes, bits, self.columns)
+        if self.zero_points is None:
+            zeros = torch.full_like(self.scales, self.encoding.zero, dtype=torch.uint8)
+        else:
+            zeros = unpack(self.zero_points, bits, groups)
+        return codes, zeros
+
+    def decode(self) -> Tensor:
+        """The weight, `shape` and `dtype` as before encoding."""
+        weight = dequantize(
+            self.codes,
+            self.scales,
+            self.zero_points,
+            self.encoding.bits,
+            self.encoding.width(self.columns),
+            list(self.shape),
+        )
+        return weight.to(self.dtype)
+
+
+def encode(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    encoding: IntEncoding,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> EncodedWeight:
+    """Pack what a solver found.
+
+    Args:
+        codes: uint8 ``[O, N]``, unsigned codes.
+        scales: float32 ``[O, groups]``.
+        zero_points: uint8 ``[O, groups]``, or None for a symmetric encoding.
+        shape, dtype: of the weight the codes stand for.
+    """
+    packed_zeros = None if zero_points is None else pack(zero_points, encoding.bits)
+    return EncodedWeight(
+        encoding, pack(codes, encoding.bits), scales.float().contiguous(), packed_zeros, shape, dtype
+    )
+
+
+@torch.library.custom_op("compress::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, shape: list[int]
+) -> Tensor:
+    """Decode packed integer codes to a float32 weight (layouts in the module docstring).
+
+    Args:
+        codes: uint8 ``[O, ceil(N * bits / 8)]``.
+        scales: float32 ``[O, groups]``.
+        zero_points: packed uint8, or None for ``2**(bits-1)``.
+        bits: 2, 4 or 8.
+        group_size: columns per group, at least 1.
+        shape: of the result; ``shape[0] == O`` and the rest multiplies to N.
+    """
+    rows, columns = shape[0], math.prod(shape[1:])
+    groups = scales.shape[1]
+    values = unpack(codes, bits, columns).float()
+    values = torch.nn.functional.pad(values, (0, groups * group_size - columns))
+    values = values.view(rows, groups, group_size)
+    if zero_points is None:
+        values = values - float(1 << (bits - 1))
+    else:
+        values = values - unpack(zero_points, bits, groups).float().unsqueeze(-1)
+    values = values * scales.unsqueeze(-1)
+    # clone: a custom op may not return a view of what it made when columns happen to fill the groups
+    return values.view(rows, -1)[:, :columns].reshape(shape).clone()
+
+
+@dequantize.register_fake
+def _(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, shape: list[int]
+) -> Tensor:
+    return scales.new_empty(shape)

@@ -1,0 +1,106 @@
+"""Example inputs for capture, taken from the calibration data when the user gives no others."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.data import CalibrationData
+from compress.errors import CalibrationError
+
+_LABELS = ("labels", "label", "y", "targets", "target")
+
+
+def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:
+    """Example inputs, and the calibration data with nothing taken away from it.
+
+    Args:
+        calibration: as the user gave it: an iterable of items, or a path of arrays.
+        source: the model, where it is a module: its signature tells inputs from labels.
+
+    Returns:
+        (example inputs or None if this kind of data cannot give them, calibration).
+    """
+    if isinstance(calibration, str | Path):
+        return _from_file(Path(calibration), source), calibration
+    if isinstance(calibration, CalibrationData):
+        return next(iter(calibration)).inputs, calibration
+    if isinstance(calibration, Mapping | Tensor | np.ndarray) or not isinstance(calibration, Iterable):
+        return _inputs(calibration, source), calibration
+    iterator = iter(calibration)
+    try:
+        item = next(iterator)
+    except StopIteration:
+        raise CalibrationError("the calibration data is empty", expected="at least one sample") from None
+    if iterator is calibration:  # a generator: what was taken must be put back
+        calibration = itertools.chain([item], iterator)
+    return _inputs(item, source), calibration
+
+
+def _inputs(item: Any, source: object) -> Any:
+    if isinstance(item, Tensor | np.ndarray):
+        return (torch.as_tensor(item),)
+    if isinstance(item, Mapping):
+        return {k: torch.as_tensor(v) for k, v in item.items() if k not in _LABELS or _takes(source, k)}
+    if isinstance(item, tuple | list):
+        tensors = [torch.as_tensor(v) for v in item]
+        return tuple(tensors[: _arity(source, len(tensors))])
+    inputs = getattr(item, "inputs", None)
+    if isinstance(inputs, tuple):
+        return inputs
+    raise CalibrationError(
+        f"the first calibration item is a {type(item).__name__}",
+        expected="a tensor, a tuple of tensors, or a dict of tensors by input name",
+    )
+
+
+def _from_file(path: Path, source: object) -> Any:
+    """The first two samples of a file of arrays; None for anything else."""
+    try:
+        head = path.open("rb").read(8)
+    except OSError:
+        return None  # a folder, a callable, or missing: told apart, and explained, by load_calibration
+    arrays: dict[str, Tensor] = {}
+    if head[:6] == b"\x93NUMPY":
+        arrays = {"": torch.as_tensor(np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:2]))}
+    elif head[:2] == b"PK":
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: torch.as_tensor(archive[name][:2]) for name in archive.files}
+    arrays = {k: v for k, v in arrays.items() if k not in _LABELS or _takes(source, k)}
+    if len(arrays) == 1:
+        return (_model_dtype(next(iter(arrays.values()))),)
+    return {k: _model_dtype(v) for k, v in arrays.items()} or None
+
+
+def _model_dtype(value: Tensor) -> Tensor:
+    """Arrays come as float64 and int32 where models want float32 and int64."""
+    if value.dtype == torch.float64:
+        return value.float()
+    return value.long() if value.dtype == torch.int32 else value
+
+
+def _parameters(source: object) -> list[inspect.Parameter] | None:
+    if not isinstance(source, torch.nn.Module):
+        return None
+    return list(inspect.signature(source.forward).parameters.values())
+
+
+def _takes(source: object, name: str) -> bool:
+    parameters = _parameters(source)
+    return parameters is not None and any(p.name == name for p in parameters)
+
+
+def _arity(source: object, given: int) -> int:
+    """How many of the given tensors are inputs; one more than forward() takes are labels."""
+    parameters = _parameters(source)
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return given
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return min(given, len(positional))

@@ -1,0 +1,338 @@
+"""The graph a pipeline works on: ATen operators as `torch.export` gave them, and weights by name.
+
+A `Graph` is a value: passes take one and return another (`copy` shares the tensors, so it is
+cheap). A `Site` is one (operator, weight) pair of it. Tied weights are one weight with several
+sites. An encoded weight stands in the graph as ``compress::dequantize(codes, scales, ...)`` in front
+of the unchanged operator, so every graph runs, whatever has been done to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from compress.encoding import EncodedWeight
+from compress.errors import InputSpecError, PassError
+from compress.inputs import InputSpec
+
+Kind = Literal["linear", "conv", "embedding"]
+
+_KINDS: dict[Any, tuple[Kind, int]] = {
+    # operator -> (kind, position of the weight argument)
+    torch.ops.aten.linear.default: ("linear", 1),
+    torch.ops.aten.conv1d.default: ("conv", 1),
+    torch.ops.aten.conv2d.default: ("conv", 1),
+    torch.ops.aten.conv3d.default: ("conv", 1),
+    torch.ops.aten.conv1d.padding: ("conv", 1),
+    torch.ops.aten.conv2d.padding: ("conv", 1),
+    torch.ops.aten.conv3d.padding: ("conv", 1),
+    torch.ops.aten.embedding.default: ("embedding", 0),
+}
+_DEQUANTIZE = torch.ops.compress.dequantize.default
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operator and the weight it reads.
+
+    Attributes:
+        name: path of the module in the user's model, e.g. ``layer1.0.conv1``.
+        kind: "linear", "conv" or "embedding".
+        node: name of the operator's node.
+        weight: name of the weight, e.g. ``layer1.0.conv1.weight``.
+        groups: convolution groups, 1 otherwise.
+    """
+
+    name: str
+    kind: Kind
+    node: str
+    weight: str
+    groups: int = 1
+
+
+@dataclass
+class Graph:
+    """Operators, tensors and signature of a captured model.
+
+    Attributes:
+        ops: the operators; `get_attr` targets are keys of `tensors` or `submodules`.
+        tensors: parameters, buffers and constants by name.
+        encodings: encoded weights by name; their parts are in `tensors` as ``<name>.codes`` etc.
+        inputs: name, dtype, shape and dynamic axes of each flat input, in order.
+        output_names: one for each flat output; None where the model returns None.
+        submodules: bodies of higher-order operators, by attribute name.
+        meta: what is known about the origin (source, fingerprint, recipe, ...): JSON-able.
+    """
+
+    ops: fx.Graph
+    tensors: dict[str, Tensor]
+    inputs: tuple[InputSpec, ...]
+    output_names: tuple[str | None, ...]
+    codegen: Any
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    encodings: dict[str, EncodedWeight] = field(default_factory=dict)
+    submodules: dict[str, torch.nn.Module] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(map(str, self.inputs))
+        return f"Graph({inputs} -> {len(self.output_names)} outputs, {self.parameters:,} parameters)"
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def sites(self) -> list[Site]:
+        """Every supported (operator, weight) pair, in execution order."""
+        found = []
+        for node in self.ops.nodes:
+            kind_position = _KINDS.get(node.target) if node.op == "call_function" else None
+            if kind_position is None:
+                continue
+            kind, position = kind_position
+            weight = self._weight_name(node.args[position])
+            if weight is None:
+                continue
+            groups = 1
+            if kind == "conv":
+                groups = int(argument(node, "groups", 1))
+            name = node.meta.get("module") or weight.removesuffix(".weight")
+            found.append(Site(name, kind, node.name, weight, groups))
+        return found
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of this name, decoded if it is encoded."""
+        if name in self.encodings:
+            return self.encodings[name].decode()
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight, without decoding it."""
+        return self.encodings[name].shape if name in self.encodings else tuple(self.tensors[name].shape)
+
+    def node(self, name: str) -> fx.Node:
+        """The node of this name."""
+        for node in self.ops.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, encoded ones counted decoded; buffers of integers are not counted."""
+        hidden = {f"{name}.{part}" for name in self.encodings for part in _PARTS}
+        plain = sum(t.numel() for n, t in self.tensors.items() if n not in hidden and t.is_floating_point())
+        return plain + sum(torch.Size(e.shape).numel() for e in self.encodings.values())
+
+    def _weight_name(self, value: object) -> str | None:
+        if not isinstance(value, fx.Node):
+            return None
+        if value.op == "get_attr" and value.target in self.tensors:
+            return str(value.target)
+        if value.op == "call_function" and value.target is torch.ops.aten.to.dtype:
+            return self._weight_name(value.args[0])
+        if value.op == "call_function" and value.target is _DEQUANTIZE:
+            codes = value.args[0]
+            assert isinstance(codes, fx.Node)
+            return str(codes.target).removesuffix(".codes")
+        return None
+
+    # -- rewriting -------------------------------------------------------------------------------
+
+    def copy(self) -> Graph:
+        """A graph that can be rewritten on its own; the tensors are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.ops, mapping)
+        graph.output(result)
+        return replace(
+            self,
+            ops=graph,
+            tensors=dict(self.tensors),
+            encodings=dict(self.encodings),
+            meta=dict(self.meta),
+        )
+
+    def set_weight(self, name: str, value: Tensor) -> None:
+        """Give a weight new values, same shape and dtype; an encoding on it is removed."""
+        old = self.weight(name)
+        if value.shape != old.shape or value.dtype != old.dtype:
+            raise PassError(
+                f"new value of {name} is {value.dtype} {list(value.shape)}",
+                expected=f"{old.dtype} {list(old.shape)}",
+            )
+        if name in self.encodings:
+            decode = self._weight_node(name)
+            with self.ops.inserting_before(decode):
+                plain = self.ops.get_attr(name)
+            decode.replace_all_uses_with(plain)
+            self._erase(decode)
+            self._forget(name)
+        self.tensors[name] = value.contiguous()
+
+    def set_encoding(self, name: str, encoded: EncodedWeight) -> None:
+        """Replace a weight by its encoding: every site of it now reads the decoded codes."""
+        old = self.weight(name)
+        if encoded.shape != tuple(old.shape) or encoded.dtype != old.dtype:
+            raise PassError(
+                f"encoding of {name} decodes to {encoded.dtype} {list(encoded.shape)}",
+                expected=f"{old.dtype} {list(old.shape)}",
+            )
+        node = self._weight_node(name)
+        parts = {"codes": encoded.codes, "scales": encoded.scales, "zero_points": encoded.zero_points}
+        with self.ops.inserting_before(node):
+            attributes = [
+                None if tensor is None else self.ops.get_attr(f"{name}.{part}")
+                for part, tensor in parts.items()
+            ]
+            width = encoded.encoding.width(encoded.columns)
+            decode = self.ops.call_function(
+                _DEQUANTIZE, (*attributes, encoded.encoding.bits, width, list(encoded.shape))
+            )
+            value = decode
+            if encoded.dtype != torch.float32:
+                value = self.ops.call_function(torch.ops.aten.to.dtype, (decode, encoded.dtype))
+        node.replace_all_uses_with(value)
+        self._erase(node)
+        self.tensors.pop(name, None)
+        self._forget(name)
+        self.tensors.update({f"{name}.{part}": t for part, t in parts.items() if t is not None})
+        self.encodings[name] = encoded
+
+    def prune_dead_code(self) -> list[str]:
+        """Remove nodes nobody reads and tensors no node reads; returns the names of those tensors."""
+        for node in reversed(list(self.ops.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users and not _has_effect(node):
+                self.ops.erase_node(node)
+        used = {str(n.target) for n in self.ops.nodes if n.op == "get_attr"}
+        dead = [name for name in self.tensors if name not in used]
+        for name in dead:
+            del self.tensors[name]
+        return dead
+
+    def _forget(self, name: str) -> None:
+        """Drop the encoding of a weight and the tensors it consists of."""
+        self.encodings.pop(name, None)
+        for part in _PARTS:
+            self.tensors.pop(f"{name}.{part}", None)
+
+    def _weight_node(self, name: str) -> fx.Node:
+        encoded = name in self.encodings
+        target = f"{name}.codes" if encoded else name
+        node = next(n for n in self.ops.nodes if n.op == "get_attr" and n.target == target)
+        return next(iter(node.users)) if encoded else node
+
+    def _erase(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        self.ops.erase_node(node)
+        for source in inputs:
+            if not source.users:
+                self._erase(source)
+
+    def decoded(self) -> Graph:
+        """The same graph with every encoded weight as plain values: runs faster, takes more memory."""
+        graph = self.copy()
+        for name in list(graph.encodings):
+            # where the weight is not float32, the cast that follows is a no-op on the plain value
+            graph.set_weight(name, graph.weight(name))
+        return graph
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call arguments as the flat list of inputs this graph takes, keywords in any order."""
+        flat = pytree.tree_leaves(args)
+        names = [spec.name for spec in self.inputs[len(flat) :]]
+        if kwargs and set(names) == set(kwargs):
+            flat += [kwargs[str(name)] for name in names]
+        else:
+            flat += pytree.tree_leaves(kwargs)
+        if len(flat) != len(self.inputs):
+            raise InputSpecError(
+                f"the model was given {len(flat)} inputs", expected=", ".join(map(str, self.inputs))
+            )
+        return flat
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run on flat inputs, freeing every value after its last use; returns flat outputs."""
+        values: dict[fx.Node, Any] = {}
+        last_use = last_uses(self.ops)
+        feed: Iterator[Any] = iter(inputs)
+        for node in self.ops.nodes:
+            if node.op == "output":
+                return list(fx.node.map_arg(node.args[0], lambda n: values[n]))
+            values[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, values)
+            for dead in last_use.get(node, ()):
+                del values[dead]
+        raise AssertionError("a graph ends in an output node")
+
+    def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """Compute one node from the values of its arguments."""
+        if node.op == "get_attr":
+            target = str(node.target)
+            return self.tensors[target] if target in self.tensors else self.submodules[target]
+        args = fx.node.map_arg(node.args, lambda n: values[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+        assert callable(node.target)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """Flat outputs in the structure the user's model returns."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def module(self) -> fx.GraphModule:
+        """A callable `nn.Module` with the signature of the captured one; weights keep their names."""
+        graph = self.copy().ops
+        graph.set_codegen(self.codegen)
+        return self._graph_module(graph)
+
+    def flat_module(self) -> fx.GraphModule:
+        """A callable `nn.Module` from flat inputs to a flat tuple of outputs."""
+        return self._graph_module(self.copy().ops)
+
+    def _graph_module(self, graph: fx.Graph) -> fx.GraphModule:
+        root: dict[str, Any] = dict(self.submodules)
+        for name, tensor in self.tensors.items():
+            trainable = tensor.is_floating_point() or tensor.is_complex()
+            root[name] = torch.nn.Parameter(tensor, requires_grad=False) if trainable else tensor
+        return fx.GraphModule(root, graph, class_name="CompressedModule").eval()
+
+
+_PARTS = ("codes", "scales", "zero_points")
+
+
+def argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An operator's argument by its schema name, given by position or keyword or left out."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = getattr(node.target, "_schema")  # noqa: B009 - OpOverload keeps its schema there
+    names = [a.name for a in schema.arguments]
+    position = names.index(name)
+    return node.args[position] if position < len(node.args) else default
+
+
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing reads after it (itself, if nobody reads it)."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        last = max(node.users, key=order.__getitem__, default=node)
+        result.setdefault(last, []).append(node)
+    return result
+
+
+def _has_effect(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,97 @@
+"""How far two tensors are apart. Every figure states its unit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal to quantization noise ratio in dB: ``10 log10(sum r^2 / sum (r - v)^2)``.
+
+    Infinite for equal tensors; NaN anywhere gives ``-inf``, so that it can never pass for good.
+    """
+    r, v = reference.double(), value.double()
+    noise = float((r - v).square().sum())
+    signal = float(r.square().sum())
+    if math.isnan(noise) or math.isnan(signal):
+        return -math.inf
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def cosine(reference: Tensor, value: Tensor) -> float:
+    """Mean cosine over the rows (last axis) of two tensors of equal shape; 1 for equal directions.
+
+    A mean over rows, not one cosine of the flattened tensors: that would hide a bad row.
+    """
+    r, v = reference.double(), value.double()
+    if r.ndim == 0:
+        r, v = r.reshape(1, 1), v.reshape(1, 1)
+    r, v = r.reshape(-1, r.shape[-1]), v.reshape(-1, v.shape[-1])
+    both_zero = (r.abs().amax(-1) == 0) & (v.abs().amax(-1) == 0)
+    similarity = torch.nn.functional.cosine_similarity(r, v, dim=-1)
+    return float(torch.where(both_zero, torch.ones_like(similarity), similarity).mean())
+
+
+def max_abs(reference: Tensor, value: Tensor) -> float:
+    """Largest absolute difference, in the tensors' own unit."""
+    return float((reference.double() - value.double()).abs().max()) if reference.numel() else 0.0
+
+
+def top1_agreement(reference: Tensor, value: Tensor) -> float:
+    """Fraction of rows (last axis) whose largest entry is at the same place."""
+    return float((reference.argmax(-1) == value.argmax(-1)).double().mean())
+
+
+def relative_error(reference: Tensor, value: Tensor) -> float:
+    """``||r - v|| / ||r||``, a fraction; 0 for equal tensors."""
+    r, v = reference.double(), value.double()
+    norm = float(r.norm())
+    return float((r - v).norm()) / norm if norm > 0 else float((r - v).norm())
+
+
+class Agreement:
+    """`sqnr_db`, `cosine`, `max_abs` and `top1_agreement` over many batches, in constant memory."""
+
+    def __init__(self) -> None:
+        self.noise = self.signal = self.largest = self.cosines = self.tops = 0.0
+        self.rows = 0
+        self.shape: tuple[int, ...] = ()
+
+    def update(self, reference: Tensor, value: Tensor) -> None:
+        """Add one batch; both tensors of the same shape.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if reference.shape != value.shape:
+            raise ValueError(f"shapes {list(reference.shape)} and {list(value.shape)} differ")
+        r, v = reference.double(), value.double()
+        rows = max(1, r.numel() // max(1, r.shape[-1] if r.ndim else 1))
+        self.noise += float((r - v).square().sum())
+        self.signal += float(r.square().sum())
+        self.largest = max(self.largest, max_abs(r, v))
+        self.cosines += cosine(r, v) * rows
+        self.tops += (top1_agreement(r, v) if r.ndim else 1.0) * rows
+        self.rows += rows
+        self.shape = tuple(reference.shape)
+
+    @property
+    def sqnr_db(self) -> float:
+        if math.isnan(self.noise) or math.isnan(self.signal):
+            return -math.inf
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        return self.cosines / max(1, self.rows)
+
+    @property
+    def top1(self) -> float:
+        return self.tops / max(1, self.rows)

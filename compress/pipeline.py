@@ -1,0 +1,265 @@
+"""Passes, and the pipeline that runs them in order and holds them to their contract."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.calibration import Need, Visitor, sweep
+from compress.data import CalibrationData
+from compress.errors import PassError
+from compress.graph import Graph, Site
+from compress.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did to one weight.
+
+    Attributes:
+        site: module path of the (first) site.
+        weight: name of the weight.
+        action: in the field's words, e.g. "int4 g32" or "2:4".
+        bits: stored bits per weight including scales; 32 for plain float32.
+        sparsity: fraction of zeros in the weight now.
+        bytes_before, bytes_after: stored bytes of this weight.
+        error: relative error of the layer's output, estimated from the calibration statistics
+            (of the weight itself where there are none); a fraction.
+    """
+
+    site: str
+    weight: str
+    action: str
+    bits: float
+    sparsity: float
+    bytes_before: int
+    bytes_after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a pass declined to do, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    graph: Graph
+    changes: tuple[Change, ...] = ()
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the graph.
+
+    Attributes:
+        reference: the graph as captured, before any pass.
+        calibration: batches of real inputs, or None.
+        seed: for anything random.
+        max_memory: bytes of live activations kept in memory while sweeping.
+        progress: told about every layer.
+    """
+
+    reference: Graph
+    calibration: CalibrationData | None = None
+    seed: int = 0
+    max_memory: int = 4 << 30
+    progress: Progress = field(default_factory=Silent)
+
+    def sweep(
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        visit: Visitor,
+        needs: frozenset[Need] = frozenset({"diag"}),
+    ) -> Graph:
+        """`compress.calibration.sweep` with this context's data; data-free if there is none."""
+        batches = None if self.calibration is None else self.calibration.inputs()
+        return sweep(
+            graph,
+            sites,
+            visit,
+            batches=batches,
+            reference=self.reference,
+            needs=needs,
+            max_memory=self.max_memory,
+            progress=self.progress,
+        )
+
+
+class Pass(BaseModel):
+    """One rewrite of the graph. Fields are the options a recipe can set.
+
+    Subclasses set `name` and write `run`. What `apply` checks afterwards: the graph still runs, its
+    outputs have the same shapes and dtypes, and weights outside `targets`/`ignore` are untouched.
+
+    Attributes:
+        targets: which weights to work on: kinds ("linear", "conv", "embedding"), module paths,
+            globs (``layers.*.mlp``) or regular expressions (``re:.*\\.q_proj$``).
+        ignore: which of those to leave alone; same syntax.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+    rewrites_all: ClassVar[bool] = False
+    """Set by passes that touch weights outside their targets for good reason, e.g. folding."""
+
+    targets: tuple[str, ...] = Field(("linear", "conv"), description="kinds, paths, globs or re: patterns")
+    ignore: tuple[str, ...] = Field((), description="what to leave alone; same syntax")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Rewrite the graph; the one method a pass writes. Must not change its argument."""
+        raise NotImplementedError(f"{type(self).__name__} has no run()")
+
+    def apply(self, graph: Graph, context: Context) -> PassResult:
+        """`run`, then check the contract.
+
+        Raises:
+            PassError: the pass broke it; the pass author's fault, not the user's.
+        """
+        before = dict(graph.tensors)
+        result = self.run(graph, context)
+        same = graph.tensors.keys() == before.keys()
+        if not same or any(graph.tensors[k] is not v for k, v in before.items()):
+            raise PassError(f"pass {self.name} changed the graph it was given", expected="a new graph")
+        if not self.rewrites_all:
+            allowed = {s.weight for s in self.select(graph)}
+            for name, tensor in before.items():
+                owner = _owner(name, graph)
+                if owner not in allowed and result.graph.tensors.get(name) is not tensor:
+                    raise PassError(f"pass {self.name} changed {owner}, which is not among its targets")
+        _check_runs(self.name, graph, result.graph)
+        return result
+
+    def select(self, graph: Graph) -> list[Site]:
+        """Sites that `targets` names and `ignore` does not.
+
+        Raises:
+            PassError: a module path in `targets` or `ignore` matches nothing.
+        """
+        sites = graph.sites()
+        for pattern in (*self.targets, *self.ignore):
+            if pattern not in _KIND_NAMES and not any(matches(s, pattern) for s in sites):
+                near = _nearest(pattern, [s.name for s in sites])
+                raise PassError(
+                    f"{self.name}: {pattern!r} matches no layer",
+                    expected=f"one of {', '.join(_KIND_NAMES)}, a module path, a glob or re:pattern",
+                    fix=f"did you mean {near!r}?" if near else "list the layers with `compress inspect`",
+                )
+        chosen = [s for s in sites if any(matches(s, p) for p in self.targets)]
+        # a weight is left alone when any of its sites is ignored: a tied weight has only one value
+        ignored = {s.weight for s in sites if any(matches(s, p) for p in self.ignore)}
+        return [s for s in chosen if s.weight not in ignored]
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain data, defaults included."""
+        return self.model_dump(mode="json")
+
+
+_KIND_NAMES = ("linear", "conv", "embedding")
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """Whether a `targets` / `ignore` pattern names this site."""
+    if pattern in _KIND_NAMES:
+        return site.kind == pattern
+    names = (site.name, site.weight)
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], n) for n in names)
+    # a path also names everything below it
+    return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(f"{pattern}.") for n in names)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _owner(tensor: str, graph: Graph) -> str:
+    for name in graph.encodings:
+        if tensor.startswith(f"{name}."):
+            return name
+    return tensor
+
+
+def _check_runs(name: str, before: Graph, after: Graph) -> None:
+    """Run both on a small example and compare shapes and dtypes, not values."""
+    example = example_inputs(before, {})
+    try:
+        got = after.run(example)
+    except Exception as error:
+        raise PassError(f"pass {name} returned a graph that does not run: {error}") from error
+    want = before.run(example)
+    for label, old, new in zip(before.output_names, want, got, strict=True):
+        if isinstance(old, torch.Tensor) and (old.shape != new.shape or old.dtype != new.dtype):
+            raise PassError(
+                f"pass {name} changed output {label} to {new.dtype} {list(new.shape)}",
+                expected=f"{old.dtype} {list(old.shape)}",
+            )
+
+
+def example_inputs(graph: Graph, sizes: dict[str, int], seed: int = 0) -> list[torch.Tensor]:
+    """Random inputs for checks of shape and speed, valid where that can be known from the graph.
+
+    Integers that index an embedding stay within its table; other integers and masks are ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables: dict[str, int] = {}
+    for site in graph.sites():
+        if site.kind == "embedding":
+            indices = cast(Any, graph.node(site.node).args[1])
+            rows = graph.shape(site.weight)[0]
+            tables[indices.name] = min(rows, tables.get(indices.name, rows))
+    placeholders = [n for n in graph.ops.nodes if n.op == "placeholder"]
+    return [
+        spec.sample(generator, sizes=sizes, high=tables.get(node.name))
+        for spec, node in zip(graph.inputs, placeholders, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One pass of a run: what it was asked, what it did, what it declined, how long it took."""
+
+    name: str
+    options: dict[str, Any]
+    changes: tuple[Change, ...]
+    notes: tuple[Note, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order they run."""
+
+    passes: tuple[Pass, ...]
+
+    def run(self, graph: Graph, context: Context) -> tuple[Graph, list[PassReport]]:
+        """Apply every pass; each is checked before the next one starts."""
+        reports = []
+        for step in self.passes:
+            count = len({s.weight for s in step.select(graph)})
+            context.progress.start(step.name, count)
+            began = time.perf_counter()
+            result = step.apply(graph, context)
+            reports.append(
+                PassReport(
+                    step.name, step.options(), result.changes, result.notes, time.perf_counter() - began
+                )
+            )
+            context.progress.finish()
+            graph = result.graph
+        return graph, reports

@@ -1,0 +1,79 @@
+"""The recipes that come with the package; `compress recipes` lists them."""
+
+from __future__ import annotations
+
+import difflib
+
+from compress.errors import RecipeError
+from compress.recipe import Recipe
+
+_TEXTS = {
+    "int8": """
+metadata:
+  name: int8
+  description: 8-bit weights everywhere. Close to lossless, a quarter of the size.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 8
+    group_size: 128
+    targets: [linear, embedding]
+  - pass: quantize_weights
+    bits: 8
+    group_size: -1
+    targets: [conv]
+""",
+    "int4": """
+metadata:
+  name: int4
+  description: 4-bit weights in groups of 32. A sixth of the size; fast for language models at batch 1.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 4
+    group_size: 32
+    symmetric: false
+""",
+    "int4-sparse": """
+metadata:
+  name: int4-sparse
+  description: >-
+    2:4 sparsity, then 4-bit weights. ONNX Runtime gains nothing from the zeros, sparse GPU kernels do.
+passes:
+  - pass: cleanup
+  - pass: prune_magnitude
+    pattern: "2:4"
+  - pass: quantize_weights
+    bits: 4
+    group_size: 32
+    symmetric: false
+""",
+    "sparse50": """
+metadata:
+  name: sparse50
+  description: >-
+    Half of all weights set to zero, by magnitude over the whole model. No gain in ONNX Runtime by itself.
+passes:
+  - pass: cleanup
+  - pass: prune_magnitude
+    sparsity: 0.5
+""",
+}
+
+RECIPES: dict[str, Recipe] = {name: Recipe.from_yaml(text, f"recipe {name}") for name, text in _TEXTS.items()}
+
+
+def named(name: str) -> Recipe:
+    """A built-in recipe.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    raise RecipeError(
+        f"there is no recipe {name!r}",
+        expected=f"one of {', '.join(RECIPES)}, or the path of a YAML file",
+        fix=f"did you mean {close[0]!r}?" if close else "`compress recipes` lists them",
+    )

@@ -1,0 +1,248 @@
+"""What a run did and what came of it, as data, as a table, as Markdown and as one headline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.artifact import Artifact, Comparison, Timing, Verification
+from compress.pipeline import Change, PassReport
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Report:
+    """Everything known about a run.
+
+    Attributes:
+        recipe: the resolved recipe, every default written out.
+        provenance: source, fingerprints, seed, versions, machine.
+        passes: what each pass did and declined.
+        float_bytes: bytes of all tensors as captured.
+        tensor_bytes: bytes of all tensors now.
+        parameters: weights of the model as captured.
+        calibration: what the statistics came from, or the line that says there were none.
+        order: weights in execution order.
+        artifact, verification: of the written file, once there is one.
+        float_nbytes: size of the uncompressed export, if it was made.
+    """
+
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    passes: list[PassReport]
+    float_bytes: int
+    tensor_bytes: int
+    parameters: int
+    calibration: str
+    order: list[str] = field(default_factory=list)
+    artifact: Artifact | None = None
+    verification: Verification | None = None
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    # -- views -----------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each changed weight: what all passes together did to it."""
+        merged: dict[str, list[Change]] = defaultdict(list)
+        for step in self.passes:
+            for change in step.changes:
+                merged[change.weight].append(change)
+        unfused = set(self.verification.unfused) if self.verification else set()
+        rank = {weight: i for i, weight in enumerate(self.order)}
+        rows = []
+        for weight, changes in sorted(merged.items(), key=lambda item: rank.get(item[0], len(rank))):
+            last = changes[-1]
+            rows.append(
+                {
+                    "layer": last.site,
+                    "action": " + ".join(c.action for c in changes),
+                    "bits": last.bits,
+                    "sparsity": last.sparsity,
+                    "bytes_before": changes[0].bytes_before,
+                    "bytes": last.bytes_after,
+                    "error": math.sqrt(sum(c.error**2 for c in changes)),
+                    "note": "decoded on every call: slow" if weight in unfused else "",
+                }
+            )
+        return rows
+
+    def notes(self) -> list[tuple[str, str, str]]:
+        """(pass, layer or "", reason) of everything that was declined or is worth knowing."""
+        return [(step.name, n.site, n.reason) for step in self.passes for n in step.notes]
+
+    def headline(self) -> str:
+        """One line: size, speed, fidelity; a loss is said as plainly as a gain."""
+        parts = []
+        if self.artifact is not None:
+            before = self.verification.float_bytes if self.verification else 0
+            before = before or self.float_bytes
+            parts.append(
+                f"{_ratio(before, self.artifact.nbytes)} ({_mb(before)} -> {_mb(self.artifact.nbytes)})"
+            )
+        else:
+            parts.append(
+                f"{_ratio(self.float_bytes, self.tensor_bytes)} weights "
+                f"({_mb(self.float_bytes)} -> {_mb(self.tensor_bytes)})"
+            )
+        if self.verification is not None:
+            parts += [speed_words(t) for t in self.verification.timings]
+            metric = self.verification.metric
+            if metric:
+                parts.append(f"metric {metric['original']:.4g} -> {metric['file']:.4g}")
+            parts.append(fidelity_words(self.verification.comparisons))
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; infinities are None."""
+        verification = dataclasses.asdict(self.verification) if self.verification else None
+        artifact = None
+        if self.artifact is not None:
+            artifact = {
+                "path": self.artifact.path.name,
+                "target": self.artifact.target,
+                "bytes": self.artifact.nbytes,
+                "proof_db": self.artifact.proof_db,
+                "lowered": [dataclasses.asdict(form) for form in self.artifact.lowered],
+            }
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "headline": self.headline(),
+            "recipe": self.recipe,
+            "provenance": self.provenance,
+            "calibration": self.calibration,
+            "parameters": self.parameters,
+            "float_bytes": self.float_bytes,
+            "tensor_bytes": self.tensor_bytes,
+            "seconds": round(self.seconds, 3),
+            "layers": self.rows(),
+            "passes": [dataclasses.asdict(p) for p in self.passes],
+            "artifact": artifact,
+            "verification": verification,
+            "warnings": self.warnings,
+        }
+        cleaned: dict[str, Any] = _finite(data)
+        return cleaned
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        lines = [
+            f"# {self.provenance.get('source', 'model')}: {self.recipe['metadata'].get('name', 'recipe')}"
+        ]
+        lines += ["", f"**{self.headline()}**", "", f"Calibration: {self.calibration}", ""]
+        lines += [f"- {w}" for w in self.warnings] + ([""] if self.warnings else [])
+        if self.verification is not None:
+            lines += _markdown_verification(self.verification)
+        lines += [
+            "## Layers",
+            "",
+            "| layer | action | bits | sparsity | bytes | error | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [f"| {' | '.join(cells)} |" for cells in self.table()]
+        declined = [(p, s, r) for p, s, r in self.notes() if s]
+        if declined:
+            lines += ["", "## Left alone", ""]
+            lines += [f"- `{site}` ({name}): {reason}" for name, site, reason in declined]
+        lines += ["", "## Provenance", ""]
+        lines += [f"- {key}: {value}" for key, value in self.provenance.items() if value]
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The rows as text: layer, action, bits, sparsity, bytes, error, note."""
+        return [
+            (
+                r["layer"],
+                r["action"],
+                f"{r['bits']:.2f}",
+                f"{100 * r['sparsity']:.0f} %",
+                f"{r['bytes_before']:,} -> {r['bytes']:,}",
+                f"{100 * r['error']:.2f} %",
+                r["note"],
+            )
+            for r in self.rows()
+        ]
+
+    def write(self, path: Path) -> list[Path]:
+        """Write JSON and Markdown beside the output; returns their paths."""
+        written = []
+        for suffix, text in ((".report.json", self.to_json()), (".report.md", self.to_markdown())):
+            target = path.with_name(path.name + suffix)
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(target)
+            written.append(target)
+        return written
+
+
+def speed_words(timing: Timing) -> str:
+    """A timing in words; within its own spread (at least 5 %) it is no difference."""
+    where = f"at batch {timing.sizes['batch']}" if "batch" in timing.sizes else "at fixed shape"
+    if abs(timing.speedup - 1) <= max(0.05, timing.spread):
+        return f"same speed {where}"
+    if timing.speedup > 1:
+        return f"{timing.speedup:.2f}x faster {where}"
+    return f"{1 / timing.speedup:.2f}x SLOWER {where}"
+
+
+def fidelity_words(comparisons: tuple[Comparison, ...]) -> str:
+    """The worst output of the file against the original."""
+    worst = min((c for c in comparisons if c.what == "file vs original"), key=lambda c: c.sqnr_db)
+    if math.isinf(worst.sqnr_db) and worst.sqnr_db > 0:
+        return "outputs identical"
+    return f"cosine {worst.cosine:.4f} ({worst.sqnr_db:.1f} dB) to the original"
+
+
+def _markdown_verification(v: Verification) -> list[str]:
+    lines = ["## Fidelity", "", f"On {v.inputs}.", ""]
+    lines += ["| | output | SQNR dB | cosine | max abs | top-1 agreement |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {c.what} | {c.output} | {c.sqnr_db:.1f} | {c.cosine:.5f} | {c.max_abs:.3g} "
+        f"| {100 * c.top1:.2f} % |"
+        for c in v.comparisons
+    ]
+    if v.metric:
+        lines += ["", "| metric | original | compressed graph | file |", "|---|---|---|---|"]
+        m = v.metric
+        lines += [f"| | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
+    if v.timings:
+        lines += ["", "## Speed", "", f"ONNX Runtime {v.environment.get('onnxruntime', '')}, "
+                  f"{v.environment.get('threads', 1)} thread, {v.environment.get('processor', '')}; "
+                  "medians of interleaved runs against the uncompressed export.", ""]  # fmt: skip
+        lines += ["| shape | float ms | compressed ms | speed-up | |", "|---|---|---|---|---|"]
+        for t in v.timings:
+            shape = ", ".join(f"{k}={n}" for k, n in t.sizes.items()) or "fixed"
+            lines.append(
+                f"| {shape} | {t.float_ms:.3f} | {t.compressed_ms:.3f} | {t.speedup:.2f} ± {t.spread:.2f} "
+                f"| {speed_words(t)} |"
+            )
+    return [*lines, ""]
+
+
+def _ratio(before: int, after: int) -> str:
+    ratio = before / after if after else math.inf
+    if 0.995 < ratio < 1.005:
+        return "same size"
+    return f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x LARGER"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,162 @@
+"""The sweep against the obvious way: hooks on the module, everything kept in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import compress
+from compress.calibration import Statistics, _Geometry, _rows, output_error, sweep
+from compress.errors import CalibrationError
+from compress.graph import Site
+from compress.testing import MODELS, assert_close, make
+
+ALL = frozenset({"diag", "mean", "H", "G"})
+
+
+def layer_inputs(module: nn.Module, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Inputs of every linear layer as rows ``[rows, N]``, by forward hooks."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, a, n=name: seen.setdefault(n, []).append(a[0]))
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            module(*batch)
+    for handle in handles:
+        handle.remove()
+    return {n: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]) for n, xs in seen.items()}
+
+
+def collect(graph: compress.Graph, batches: Any, change: Any = None, **options: Any) -> dict[str, Statistics]:
+    found: dict[str, Statistics] = {}
+
+    def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Tensor | None:
+        if statistics is not None:
+            found[site.name] = statistics
+        return change(site, weight) if change else None
+
+    sweep(graph, graph.sites(), visit, batches=batches, **options)
+    return found
+
+
+def batches_of(name: str) -> list[tuple[Tensor, ...]]:
+    return [MODELS[name].inputs(4), MODELS[name].inputs(3)]
+
+
+def test_statistics_equal_those_of_hooks() -> None:
+    module, batches = make("encoder"), batches_of("encoder")
+    graph = compress.capture(module, batches[0], inputs=MODELS["encoder"].specs)
+    rows = layer_inputs(module, batches)
+    found = collect(graph, batches, needs=ALL, reference=graph)
+    assert set(found) == set(rows)
+    for name, x in rows.items():
+        s = found[name]
+        assert s.rows == len(x)
+        assert_close(x.T @ x / len(x), s.H[0], db=90)
+        assert_close(x.T @ x / len(x), s.G[0], db=90)
+        assert_close(x.square().mean(0), s.diag[0], db=90)
+        assert_close(x.mean(0), s.mean[0], db=80)
+
+
+@pytest.mark.parametrize("max_memory", [1 << 30, 0])
+def test_the_compressed_prefix_is_seen(max_memory: int) -> None:
+    """x~ of a layer comes from the weights already changed, x from the original; with and without disk."""
+    module, batches = make("encoder"), batches_of("encoder")
+    graph = compress.capture(module, batches[0], inputs=MODELS["encoder"].specs)
+    halve = {"embed", "q", "up"}
+
+    def change(site: Site, weight: Tensor) -> Tensor | None:
+        return weight * 0.5 if site.name in halve else None
+
+    original = layer_inputs(module, batches)
+    found = collect(graph, batches, change, needs=ALL, reference=graph, max_memory=max_memory)
+    with torch.no_grad():
+        for name in halve:
+            module.get_submodule(name).weight.mul_(0.5)
+    changed = layer_inputs(module, batches)
+    for name, x in original.items():
+        x_tilde, s = changed[name], found[name]
+        assert_close(x_tilde.T @ x_tilde / len(x), s.H[0], db=80)
+        assert_close(x_tilde.T @ x / len(x), s.G[0], db=80)
+        assert_close(x.mean(0), s.mean[0], db=70)
+        assert_close(x_tilde.mean(0), s.mean_compressed[0], db=70)
+
+
+def test_the_sweep_returns_the_changed_graph_and_keeps_the_old_one() -> None:
+    module, batches = make("tied_lm"), batches_of("tied_lm")
+    graph = compress.capture(module, batches[0])
+    before = graph.weight("embed.weight").clone()
+    visited = []
+
+    def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Tensor:
+        visited.append(site.weight)
+        return weight * 2
+
+    result = sweep(graph, graph.sites(), visit, batches=batches)
+    assert visited == ["embed.weight", "mlp.weight"]
+    assert torch.equal(graph.weight("embed.weight"), before)
+    assert torch.equal(result.weight("embed.weight"), before * 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+)
+def test_rows_times_weight_is_the_convolution(
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    size: tuple[int, int],
+) -> None:
+    """If the rows are right, ``rows @ W.flatten(1)^T`` is what conv2d computes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, *size, generator=generator)
+    weight = torch.randn(8, 4 // groups, *kernel, generator=generator)
+    want = nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    geometry = _Geometry(kernel, (stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2, groups)
+    rows = _rows(x, geometry)
+    out = rows @ weight.flatten(1).view(groups, 8 // groups, -1).mT  # [groups, rows, O/groups]
+    have = out.permute(1, 0, 2).reshape(2, -1, 8).mT.reshape(want.shape)
+    assert_close(want, have, db=100)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_convolution_statistics(padding: Any) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, dilation=2, bias=False)).eval()
+    x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    graph = compress.capture(module, (x,))
+    s = collect(graph, [(x,)], needs=frozenset({"diag", "H"}))["0"]
+    weight = module[0].weight.detach()
+    energy = float(module(x).detach().square().sum(1).mean())
+    w = weight.flatten(1)
+    assert float((w @ s.H[0] * w).sum()) == pytest.approx(energy, rel=1e-4)
+    assert output_error(weight, weight * 0.9, s) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_one_dimensional_convolution() -> None:
+    module = nn.Sequential(nn.Conv1d(3, 4, 3, stride=2, padding=1, bias=False)).eval()
+    x = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(1))
+    s = collect(compress.capture(module, (x,)), [(x,)], needs=frozenset({"H"}))["0"]
+    w = module[0].weight.detach().flatten(1)
+    assert float((w @ s.H[0] * w).sum()) == pytest.approx(float(module(x).square().sum(1).mean()), rel=1e-4)
+
+
+def test_empty_data() -> None:
+    graph = compress.capture(make("tied_lm"), MODELS["tied_lm"].inputs(2))
+    with pytest.raises(CalibrationError, match="empty"):
+        collect(graph, [])

@@ -1,0 +1,100 @@
+"""Graphs: sites, rewriting, and the three ways of running one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.encoding import IntEncoding, encode
+from compress.errors import InputSpecError, PassError
+from compress.passes.solvers.scales import search_scales
+from compress.testing import MODELS, assert_close, make
+
+
+def captured(name: str) -> compress.Graph:
+    return compress.capture(make(name), MODELS[name].inputs(2), inputs=MODELS[name].specs)
+
+
+def encoded(weight: Tensor) -> compress.EncodedWeight:
+    encoding = IntEncoding(4, 16, True)
+    found = search_scales(weight.flatten(1), None, encoding)
+    return encode(found.codes, found.scales, None, encoding, tuple(weight.shape), weight.dtype)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_all_ways_of_running_agree(name: str) -> None:
+    module, graph = make(name), captured(name)
+    for batch in (1, 5):
+        inputs = MODELS[name].inputs(batch)
+        with torch.no_grad():
+            expected = module(*inputs)
+        flat = torch.utils._pytree.tree_leaves(expected)
+        for other in (graph.run(inputs), list(graph.flat_module()(*inputs))):
+            for want, have in zip(flat, other, strict=True):
+                assert_close(want, have, db=100)
+        again = graph.module()(*inputs)
+        assert type(again) is type(expected)
+        assert_close(flat[0], torch.utils._pytree.tree_leaves(again)[0], db=100)
+
+
+def test_module_keeps_the_names_of_the_weights() -> None:
+    module = make("convnet")
+    assert set(captured("convnet").module().state_dict()) == {
+        n for n in module.state_dict() if "num_batches" not in n
+    }
+
+
+def test_sites() -> None:
+    sites = captured("convnet").sites()
+    assert [s.name for s in sites] == ["conv1", "depthwise", "grouped", "fc1", "fc2"]
+    assert [s.kind for s in sites] == ["conv"] * 3 + ["linear"] * 2
+    assert [s.groups for s in sites] == [1, 16, 2, 1, 1]
+
+
+def test_tied_weights_are_one_weight_with_two_sites() -> None:
+    graph = captured("tied_lm")
+    by_name = {s.name: s.weight for s in graph.sites()}
+    assert by_name == {"embed": "embed.weight", "mlp": "mlp.weight", "head": "embed.weight"}
+    assert graph.meta["tied"] == {"head.weight": "embed.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_encode_decode_and_back(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 3)).to(dtype).eval()
+    graph = compress.capture(module, (torch.zeros(2, 24, dtype=dtype),))
+    work = graph.copy()
+    work.set_encoding("0.weight", encoded(graph.weight("0.weight")))
+    assert "0.weight" not in work.tensors
+    assert work.weight("0.weight").dtype == dtype
+    assert work.nbytes < graph.nbytes
+    x = torch.randn(3, 24).to(dtype)
+    assert_close(work.run([x])[0], work.decoded().run([x])[0], db=100)
+    assert work.decoded().sites() == graph.sites() == work.sites()
+    work.set_weight("0.weight", graph.weight("0.weight"))
+    assert not work.encodings
+    assert_close(graph.run([x])[0], work.run([x])[0], db=100)
+    assert graph.parameters == work.parameters
+
+
+def test_a_copy_is_independent() -> None:
+    graph = captured("encoder")
+    names = set(graph.tensors)
+    work = graph.copy()
+    work.set_encoding("up.weight", encoded(graph.weight("up.weight")))
+    assert set(graph.tensors) == names
+    assert not graph.encodings
+
+
+def test_wrong_values_are_refused() -> None:
+    graph = captured("encoder").copy()
+    with pytest.raises(PassError, match="expected"):
+        graph.set_weight("up.weight", torch.zeros(3, 3))
+    with pytest.raises(PassError, match="expected"):
+        graph.set_encoding("up.weight", encoded(torch.zeros(3, 3)))
+
+
+def test_wrong_number_of_inputs() -> None:
+    with pytest.raises(InputSpecError, match="given 1 inputs"):
+        captured("encoder").flatten(torch.zeros(1))

@@ -1,0 +1,39 @@
+"""Figures against their definitions, in one go and in batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from compress.numerics import Agreement, cosine, max_abs, relative_error, sqnr_db, top1_agreement
+
+
+def test_known_values() -> None:
+    r, v = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert sqnr_db(r, v) == pytest.approx(10 * math.log10(26 / 2))
+    assert cosine(r, v) == pytest.approx(0.5)
+    assert max_abs(r, v) == 1.0
+    assert top1_agreement(r, v) == 0.5
+    assert relative_error(r, v) == pytest.approx(math.sqrt(2 / 26))
+
+
+def test_equal_and_broken() -> None:
+    x = torch.randn(4, 5)
+    assert sqnr_db(x, x) == math.inf
+    assert sqnr_db(x, x * math.nan) == -math.inf
+    assert cosine(torch.zeros(2, 3), torch.zeros(2, 3)) == 1.0
+
+
+def test_batches_add_up() -> None:
+    r, v = torch.randn(12, 7), torch.randn(12, 7)
+    total = Agreement()
+    for part in (slice(0, 5), slice(5, 12)):
+        total.update(r[part], v[part])
+    assert total.sqnr_db == pytest.approx(sqnr_db(r, v))
+    assert total.cosine == pytest.approx(cosine(r, v))
+    assert total.top1 == pytest.approx(top1_agreement(r, v))
+    assert total.largest == pytest.approx(max_abs(r, v))
+    with pytest.raises(ValueError, match="differ"):
+        total.update(r, v[:3])

@@ -1,0 +1,83 @@
+"""The base class holds passes to their contract, whatever their authors do."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+import compress
+from compress.errors import PassError
+from compress.pipeline import Context, Pass, PassResult, Pipeline, example_inputs, matches
+from compress.testing import MODELS, make
+
+
+@pytest.fixture
+def graph() -> compress.Graph:
+    return compress.capture(make("encoder"), inputs=MODELS["encoder"].specs)
+
+
+class Changes(Pass):
+    name: ClassVar[str] = "changes"
+    what: str
+
+    def run(self, graph: compress.Graph, context: Context) -> PassResult:
+        work = graph if self.what == "argument" else graph.copy()
+        if self.what in ("argument", "target"):
+            work.set_weight("up.weight", work.weight("up.weight") * 2)
+        elif self.what == "other":
+            work.set_weight("down.weight", work.weight("down.weight") * 2)
+        elif self.what == "shape":
+            output = next(n for n in work.ops.nodes if n.op == "output")
+            first, second = output.args[0]  # type: ignore[misc]
+            with work.ops.inserting_before(output):
+                first = work.ops.call_function(torch.ops.aten.sum.dim_IntList, (first, [-1]))
+            output.args = ((first, second),)
+        elif self.what == "broken":
+            del work.tensors["up.weight"]
+        return PassResult(work)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("argument", "changed the graph it was given"),
+        ("other", "changed down.weight, which is not among its targets"),
+        ("shape", r"changed output hidden to .*\[1, 9\]"),
+        ("broken", "does not run"),
+    ],
+)
+def test_broken_promises_are_found(graph: compress.Graph, what: str, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        Changes(what=what, targets=("up",)).apply(graph, Context(graph))
+
+
+def test_kept_promises_pass(graph: compress.Graph) -> None:
+    after, reports = Pipeline((Changes(what="target", targets=("up",)),)).run(graph, Context(graph))
+    assert torch.equal(after.weight("up.weight"), 2 * graph.weight("up.weight"))
+    assert reports[0].name == "changes"
+    assert reports[0].options == {"targets": ["up"], "ignore": [], "what": "target"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("linear", {"q", "k", "v", "up", "down"}),
+        ("embedding", {"embed"}),
+        ("q", {"q"}),
+        ("?", {"q", "k", "v"}),
+        ("re:(up|down)$", {"up", "down"}),
+        ("up.weight", {"up"}),
+    ],
+)
+def test_patterns(graph: compress.Graph, pattern: str, expected: set[str]) -> None:
+    assert {s.name for s in graph.sites() if matches(s, pattern)} == expected
+
+
+def test_example_inputs_stay_within_the_embedding(graph: compress.Graph) -> None:
+    ids, mask = example_inputs(graph, {"batch": 64, "seq": 5})
+    assert ids.shape == mask.shape == (64, 5)
+    assert int(ids.min()) >= 0
+    assert 50 < int(ids.max()) < 96
+    assert (mask == 1).all()
