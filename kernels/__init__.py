@@ -1,0 +1,11 @@
+"""The table of operators: folder -> the `torch.library` operator it is about.
+
+Each folder holds `reference.py`, the slow and obvious version that is the truth in tests, and, where
+there is one, the device kernel behind the operator.
+"""
+
+from __future__ import annotations
+
+OPS: dict[str, str] = {
+    "dequantize": "compress::dequantize",
+}

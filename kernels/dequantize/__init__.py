@@ -1,0 +1,1 @@
+"""`compress::dequantize`: packed integer codes to a float weight."""

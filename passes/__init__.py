@@ -1,0 +1,14 @@
+"""The table of passes: name in a recipe -> class. One line for each file of this folder."""
+
+from __future__ import annotations
+
+from compress.passes.cleanup import Cleanup
+from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.quantize_weights import QuantizeWeights
+from compress.pipeline import Pass
+
+PASSES: dict[str, type[Pass]] = {
+    "cleanup": Cleanup,
+    "prune_magnitude": PruneMagnitude,
+    "quantize_weights": QuantizeWeights,
+}

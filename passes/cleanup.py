@@ -1,0 +1,177 @@
+"""Exact simplifications that every other pass profits from; outputs change by rounding only.
+
+1. Batch normalisation after a convolution or linear layer is folded into it
+   (Jacob et al. 2018, section 3.2): with ``a = gamma / sqrt(var + eps)``,
+   ``W' = a W`` and ``b' = a (b - mean) + beta``.
+2. ``x @ W`` and ``addmm(b, x, W)`` with a stored 2-D weight become ``linear(x, W^T, b)``, so that GPT-2
+   style layers are linear sites like any other; ``matmul(x, W^T)`` becomes ``linear(x, W)``.
+3. Operators that do nothing in inference (dropout, detach, alias) and values nobody reads are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from compress.graph import Graph, argument
+from compress.pipeline import Context, Note, Pass, PassResult
+
+_aten = torch.ops.aten
+_NO_OPS = {
+    _aten.dropout.default,
+    _aten.feature_dropout.default,
+    _aten.alpha_dropout.default,
+    _aten.detach.default,
+    _aten.detach_.default,
+    _aten.alias.default,
+    _aten.lift_fresh_copy.default,
+}
+_FOLDABLE = {
+    _aten.linear.default,
+    _aten.conv1d.default,
+    _aten.conv2d.default,
+    _aten.conv3d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.padding,
+    _aten.conv3d.padding,
+}
+
+
+class Cleanup(Pass):
+    """Fold batch normalisation, normalise matrix products, drop no-ops."""
+
+    name: ClassVar[str] = "cleanup"
+    rewrites_all: ClassVar[bool] = True
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        graph = graph.copy()
+        kept = {s.node for s in graph.sites()} - {s.node for s in self.select(graph)}
+        counts = {"folded": 0, "normalised": 0, "dropped": 0}
+        for node in list(graph.ops.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in _NO_OPS and not _trains(node):
+                node.replace_all_uses_with(node.args[0])
+                graph.ops.erase_node(node)
+                counts["dropped"] += 1
+            elif node.target is _aten.batch_norm.default:
+                counts["folded"] += _fold_batch_norm(graph, node, kept)
+            elif node.target in (_aten.matmul.default, _aten.mm.default, _aten.addmm.default):
+                counts["normalised"] += _as_linear(graph, node)
+        dead = graph.prune_dead_code()
+        words = {
+            "folded": "batch normalisations folded",
+            "normalised": "matrix products made linear layers",
+            "dropped": "no-ops dropped",
+        }
+        notes = [Note("", f"{counts[k]} {words[k]}") for k in counts if counts[k]]
+        if dead:
+            notes.append(Note("", f"{len(dead)} unused tensors dropped"))
+        return PassResult(graph, notes=tuple(notes))
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a dropout is live; only a module captured in training mode has one."""
+    return "dropout" in str(node.target) and bool(argument(node, "train", False))
+
+
+def _plain(graph: Graph, value: Any) -> str | None:
+    """Name of the tensor a `get_attr` node reads; None for anything else."""
+    if isinstance(value, fx.Node) and value.op == "get_attr" and value.target in graph.tensors:
+        return str(value.target)
+    return None
+
+
+def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
+    layer = norm.args[0]
+    if not isinstance(layer, fx.Node) or layer.target not in _FOLDABLE or layer.name in kept:
+        return False
+    weight_name, bias_name = _plain(graph, layer.args[1]), _plain(graph, argument(layer, "bias", None))
+    gamma, beta, mean, var = (_plain(graph, a) for a in norm.args[1:5])
+    if weight_name is None or mean is None or var is None or argument(norm, "training", False):
+        return False
+    weight_node = layer.args[1]
+    assert isinstance(weight_node, fx.Node)
+    shared = len(weight_node.users) > 1 or len(layer.users) > 1
+    has_unknown_bias = argument(layer, "bias", None) is not None and bias_name is None
+    # a linear layer's channel axis is 1 for the norm only if its output is [rows, channels]
+    if shared or has_unknown_bias or (layer.target is _aten.linear.default and not _is_2d(graph, layer)):
+        return False
+    weight = graph.tensors[weight_name]
+    one = torch.ones(weight.shape[0], dtype=torch.float64)
+    scale = graph.tensors[gamma].double() if gamma else one
+    shift = graph.tensors[beta].double() if beta else torch.zeros_like(one)
+    bias = graph.tensors[bias_name].double() if bias_name else torch.zeros_like(one)
+    eps = float(argument(norm, "eps", 1e-5))
+    a = scale / torch.sqrt(graph.tensors[var].double() + eps)
+    folded = (weight.double() * a.view(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
+    graph.set_weight(weight_name, folded)
+    new_bias = (a * (bias - graph.tensors[mean].double()) + shift).to(weight.dtype)
+    name = bias_name or f"{weight_name.removesuffix('.weight')}.bias"
+    taken = len(_reads(graph, bias_name)) > 1 if bias_name else name in graph.tensors
+    if taken:
+        name = f"{name}.folded"
+    graph.tensors[name] = new_bias
+    with graph.ops.inserting_before(layer):
+        bias_node = graph.ops.get_attr(name)
+    _set_bias(layer, bias_node)
+    norm.replace_all_uses_with(layer)
+    graph.ops.erase_node(norm)
+    return True
+
+
+def _reads(graph: Graph, name: str) -> list[fx.Node]:
+    return [u for n in graph.ops.nodes if n.op == "get_attr" and n.target == name for u in n.users]
+
+
+def _set_bias(layer: fx.Node, bias: fx.Node) -> None:
+    if "bias" in layer.kwargs:
+        layer.kwargs = {**layer.kwargs, "bias": bias}
+    elif len(layer.args) > 2:
+        layer.update_arg(2, bias)
+    else:
+        layer.args = (*layer.args, bias)
+
+
+def _is_2d(graph: Graph, layer: fx.Node) -> bool:
+    source = layer.args[0]
+    rank = layer.meta.get("rank")
+    return isinstance(source, fx.Node) and rank == 2
+
+
+def _as_linear(graph: Graph, node: fx.Node) -> bool:
+    """Rewrite a product with a stored weight; the weight is transposed once, here."""
+    bias: Any = None
+    if node.target is _aten.addmm.default:
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+            return False
+        bias, x, w = node.args[:3]
+        bias_name = _plain(graph, bias)
+        if bias_name is None or graph.tensors[bias_name].ndim != 1:
+            return False
+    else:
+        x, w = node.args[:2]
+    if not isinstance(w, fx.Node):
+        return False
+    name = _plain(graph, w)
+    if name is not None and graph.tensors[name].ndim == 2 and len(w.users) == 1 and _plain(graph, x) is None:
+        graph.tensors[name] = graph.tensors[name].t().contiguous()
+        weight = w
+    elif w.target in (_aten.t.default, _aten.transpose.int, _aten.numpy_T.default) and _plain(
+        graph, w.args[0]
+    ):
+        source = w.args[0]
+        assert isinstance(source, fx.Node)
+        if graph.tensors[str(source.target)].ndim != 2:
+            return False
+        weight = source
+    else:
+        return False
+    with graph.ops.inserting_before(node):
+        linear = graph.ops.call_function(_aten.linear.default, (x, weight, bias))
+    linear.meta = dict(node.meta)
+    node.replace_all_uses_with(linear)
+    graph.ops.erase_node(node)
+    return True

@@ -1,0 +1,1 @@
+"""Solvers: pure functions on weights and input statistics. They know no graph and read no files."""
