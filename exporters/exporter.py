@@ -1,0 +1,47 @@
+"""What every exporter offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.graph import Graph
+
+
+class Exporter(Protocol):
+    """Writes a graph as a file for one target."""
+
+    target: ClassVar[str]
+    suffix: ClassVar[str]
+
+    def unsupported(self, graph: Graph) -> list[str]:
+        """Reasons why this graph cannot be written; found before any work is done."""
+
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        samples: Sequence[Sequence[Tensor]] = (),
+        metadata: Mapping[str, Any] | None = None,
+        results: Callable[[Artifact], Mapping[str, Any]] | None = None,
+    ) -> Artifact:
+        """Write under a temporary name, prove the file against the graph, then rename.
+
+        Args:
+            graph: what to write.
+            path: the file to write.
+            samples: real flat inputs to prove it on, besides two random shapes.
+            metadata: stored in the file, JSON-able.
+            results: called with the proven file while it still has its temporary name; what it
+                returns is stored in the file as well.
+
+        Raises:
+            ExportError: the graph cannot be written.
+            VerificationError: the file does not compute what the graph computes.
+            OutputError: the file cannot be written.
+        """

@@ -1,0 +1,363 @@
+"""Graph -> ONNX file, in the one standard form that ONNX Runtime and TensorRT both run fast.
+
+`torch.onnx` translates the operators; encoded weights travel through it as empty placeholders and get
+their integers afterwards (`compress.exporters.onnx_weights`), so the float weight never exists. Tied
+weights stay one tensor. The file is written under a temporary name, run operator by operator at two
+shapes, compared with the graph, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact, Lowered
+from compress.errors import CompressError, ExportError, MissingExtra, OutputError, VerificationError
+from compress.exporters.ort import Session, runtime
+from compress.graph import Graph
+from compress.numerics import sqnr_db
+from compress.pipeline import example_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 21
+"""The first with block-wise DequantizeLinear and INT4."""
+
+_EXTERNAL = 1 << 30
+"""Weights past this many bytes go to `<name>.data`; protobuf itself ends at 2 GiB."""
+
+_EXACT_DB = 50.0
+_INT8_ACTIVATIONS_DB = 25.0
+"""MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
+
+
+class OnnxExporter:
+    """Writes ONNX for ONNX Runtime (CPU) and other ONNX runtimes."""
+
+    target: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+
+    def unsupported(self, graph: Graph) -> list[str]:
+        """Reasons why this graph cannot be written; empty if none is known."""
+        reasons = []
+        for dtype in (torch.bfloat16, torch.complex64, torch.complex128):
+            names = [n for n, t in graph.tensors.items() if t.dtype == dtype]
+            if names:
+                reasons.append(
+                    f"{len(names)} weights are {str(dtype).removeprefix('torch.')} (e.g. {names[0]}), for "
+                    "which ONNX Runtime has no CPU kernels; convert the module with .float() first"
+                )
+        if graph.submodules:
+            reasons.append("the model holds sub-graphs (torch.cond or similar), which are not written yet")
+        return reasons
+
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        samples: Sequence[Sequence[Tensor]] = (),
+        metadata: Mapping[str, Any] | None = None,
+        results: Callable[[Artifact], Mapping[str, Any]] | None = None,
+    ) -> Artifact:
+        """Write, prove, rename; see `compress.exporters.exporter.Exporter.export`."""
+        runtime()
+        reasons = self.unsupported(graph)
+        if reasons:
+            raise ExportError("; ".join(reasons))
+        path = Path(path)
+        _check_writable(path)
+        model, lowered = build_model(graph)
+        model.metadata_props.update(_as_text(metadata or {}))
+        with _temporary(path) as folder:
+            written = _save(model, folder / path.name)
+            worst = _prove(written[0], graph, lowered, samples)
+            size = sum(f.stat().st_size for f in written)
+            artifact = Artifact(written[0], self.target, graph, size, tuple(lowered), worst)
+            if results is not None:
+                _add_metadata(written[0], {"results": results(artifact)})
+            _publish(written, path)
+        size = sum((path.parent / f.name).stat().st_size for f in written)
+        return replace(artifact, path=path, nbytes=size)
+
+
+def build_model(graph: Graph) -> tuple[ir.Model, list[Lowered]]:
+    """The ONNX model in memory, and the form every encoded weight took.
+
+    Raises:
+        ExportError: an operator has no ONNX form.
+        MissingExtra: the packages that write ONNX are not installed.
+    """
+    try:
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
+
+        from compress.exporters.onnx_weights import lower_weights
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
+    program = _translate(graph)
+    model = program.model
+    hidden = _hide(model, graph)
+    program.optimize()
+    model = program.model
+    for value in [v for v in model.graph.inputs if v.name in hidden]:
+        if value.name not in graph.encodings:
+            model.graph.inputs.remove(value)
+            value.const_value = hidden[str(value.name)]
+            model.graph.register_initializer(value)
+    lowered = lower_weights(model, graph.encodings)
+    common = ir.passes.common
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(),
+        common.TopologicalSortPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    _name_dimensions(model, graph)
+    model.producer_name, model.producer_version = "compress", _version()
+    model.doc_string = None
+    model.graph.name = "model"
+    return model, lowered
+
+
+def _translate(graph: Graph) -> Any:
+    """`torch.onnx` on the graph with empty placeholders for encoded weights."""
+    hollow = graph.copy()
+    for name, encoded in graph.encodings.items():
+        # one element, repeated by stride 0: shape and dtype without the memory
+        empty = torch.zeros((), dtype=encoded.dtype).expand(encoded.shape)
+        decode = hollow._weight_node(name)
+        with hollow.ops.inserting_before(decode):
+            plain = hollow.ops.get_attr(name)
+        decode.replace_all_uses_with(plain)
+        hollow.tensors[name] = empty
+    hollow.prune_dead_code()
+    module = hollow.flat_module()
+    args = tuple(_two_or_more(graph))
+    shapes = tuple({a: torch.export.Dim.DYNAMIC for a, _ in spec.dynamic} for spec in graph.inputs)
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, args, dynamic_shapes=shapes)
+            return torch.onnx.export(
+                exported,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[str(s.name) for s in graph.inputs],
+                output_names=[n for n in graph.output_names if n is not None],
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx cannot translate the model: {_first_cause(error)}",
+            fix="replace the operator it names, or register a translation for it with torch.onnx",
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _two_or_more(graph: Graph) -> list[Tensor]:
+    """Example inputs whose dynamic axes are at least 2: `torch.export` takes a 1 for a constant."""
+    return example_inputs(graph, shapes_to_try(graph)[0])
+
+
+def shapes_to_try(graph: Graph) -> list[dict[str, int]]:
+    """Two assignments of the dynamic dimensions, as different as the captured sizes allow."""
+    first: dict[str, int] = {}
+    for spec in graph.inputs:
+        for axis, symbol in spec.dynamic:
+            first.setdefault(symbol, max(2, spec.shape[axis]))
+    if not first:
+        return [{}]
+    # smaller, not larger: a position table ends somewhere
+    second = {s: (3 if s == "batch" else max(2, n // 2 + 1)) for s, n in first.items()}
+    return [{**first, **({"batch": 2} if "batch" in first else {})}, second]
+
+
+def _first_cause(error: BaseException) -> str:
+    """The innermost message, one line: torch.onnx wraps the reason in advice."""
+    found = re.search(r"No ONNX function found for (<[^>]*>|\S+)", str(error))
+    while error.__cause__ is not None:
+        error = error.__cause__
+        found = found or re.search(r"No ONNX function found for (<[^>]*>|\S+)", str(error))
+    if found:
+        return f"operator {found[1]} has no ONNX form"
+    line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+def _hide(model: ir.Model, graph: Graph) -> dict[str, Any]:
+    """Make weights that constant folding must not touch into inputs; returns their values.
+
+    Those are the placeholders, and float weights with several readers: folding the transpose in
+    front of one reader would give the file a second copy.
+    """
+    hidden = {}
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        if name in graph.encodings or len(value.uses()) > 1:
+            hidden[name] = value.const_value
+            del model.graph.initializers[name]
+            value.const_value = None
+            model.graph.inputs.append(value)
+    return hidden
+
+
+def _name_dimensions(model: ir.Model, graph: Graph) -> None:
+    """Give dynamic axes the names of the input specs instead of torch's s0, s1, ..."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    specs = {s.name: s for s in graph.inputs}
+    for value in model.graph.inputs:
+        spec = specs.get(value.name)
+        if spec is None or value.shape is None:
+            continue
+        for axis, symbol in spec.dynamic:
+            dim = value.shape[axis]
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                names[dim.value] = symbol
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values: list[Any] = [*model.graph.inputs, *model.graph.outputs]
+    values += [o for node in model.graph for o in node.outputs]
+    for value in values:
+        if value.shape is None or value.shape.frozen:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                value.shape[axis] = pattern.sub(lambda m: names[m[1]], dim.value)
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.parent if str(path.parent) else Path()
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", expected="a file name such as model.onnx")
+    if not folder.is_dir():
+        raise OutputError(f"the folder {folder} does not exist", fix=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {folder} is not writable", fix="choose another place with -o")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OutputError(f"{path} is write-protected", fix="choose another name with -o")
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A folder beside the output, so that the final rename stays on one file system."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder)
+    except CompressError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}",
+            fix="free some room, or choose -o elsewhere",
+        ) from error
+
+
+def _save(model: ir.Model, path: Path) -> list[Path]:
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size > _EXTERNAL:
+        data = path.with_name(path.name + ".data")
+        ir.save(model, path, external_data=data.name)
+        return [path, data]
+    ir.save(model, path)
+    return [path]
+
+
+def _as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"compress.{key}": value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in sorted(metadata.items())
+    }
+
+
+def _add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Add properties to a file already written; its tensors are not touched."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for key, value in _as_text(metadata).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
+
+
+def _publish(written: Sequence[Path], path: Path) -> None:
+    # the data first: a crash in between leaves no .onnx that points to nothing
+    for source in reversed(written):
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.replace(path.parent / source.name)
+
+
+def _prove(
+    path: Path, graph: Graph, lowered: Sequence[Lowered], samples: Sequence[Sequence[Tensor]]
+) -> float:
+    """Worst SQNR in dB of the file, run operator by operator, against the graph."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        if "com.microsoft" not in str(error):
+            raise VerificationError(f"the written file is not valid ONNX: {error}") from error
+    session = Session(path, exact=True)
+    plain = graph.decoded()
+    inexact = any("MatMulNBits" in form.form for form in lowered)
+    limit = _INT8_ACTIVATIONS_DB if inexact else _EXACT_DB
+    worst = float("inf")
+    trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
+    for inputs in [*trials, *samples]:
+        wanted = [t for t in plain.run(inputs) if isinstance(t, Tensor)]
+        shapes = ", ".join(str(list(t.shape)) for t in inputs)
+        for name, want, have in zip(session.outputs, wanted, session(*inputs), strict=True):
+            if want.shape != have.shape:
+                raise VerificationError(
+                    f"at inputs {shapes} the file's {name} is {list(have.shape)}",
+                    expected=f"{list(want.shape)} as in the graph",
+                    fix="fix that dimension in the input spec with '!' and run again",
+                )
+            quality = sqnr_db(want, have)
+            worst = min(worst, quality)
+            if quality < limit:
+                raise VerificationError(
+                    f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
+                    expected=f"at least {limit:.0f} dB; nothing was written",
+                )
+    return worst
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("compress-models")
+    except PackageNotFoundError:
+        return "0"

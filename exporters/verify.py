@@ -1,0 +1,266 @@
+"""Open the written file again and find out what it is worth: fidelity, speed, the user's metric.
+
+Speed is measured against the uncompressed export of the same model on the same runtime: both files in
+one process, one thread, called in turn, so that a busy machine slows both; the figure is the median of
+the pairwise ratios. Slower is an outcome like any other and is reported as such.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact, Comparison, Timing, Verification
+from compress.errors import CompressError, VerificationError
+from compress.exporters.ort import Session, decoded_on_every_call, runtime
+from compress.exporters.to_onnx import build_model, shapes_to_try
+from compress.graph import Graph
+from compress.numerics import Agreement
+from compress.pipeline import example_inputs
+from compress.progress import Progress, Silent
+
+EvalFn = Callable[[torch.nn.Module], float]
+
+
+def verify(
+    artifact: Artifact,
+    reference: Graph,
+    *,
+    samples: Sequence[Sequence[Tensor]] = (),
+    described: str = "",
+    eval_fn: EvalFn | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    threads: int = 1,
+    seconds: float = 2.0,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare and time a written file.
+
+    Args:
+        artifact: the file and the graph it was written from.
+        reference: the original, uncompressed graph.
+        samples: real flat inputs; two random shapes are used where there are none.
+        described: where the samples came from, for the report.
+        eval_fn: the user's metric of a module, higher is better.
+        batch_sizes: sizes to time at, where the batch is dynamic; empty to skip timing.
+        threads: of ONNX Runtime.
+        seconds: time spent on each batch size.
+
+    Raises:
+        VerificationError: the file cannot be run, or its shapes are wrong.
+    """
+    progress = progress or Silent()
+    progress.start("verify", 2 + len(batch_sizes) + (3 if eval_fn else 0))
+    session = Session(artifact.path, threads=threads)
+    plain = artifact.graph.decoded()
+    inputs = _inputs(reference, samples)
+    progress.step("fidelity")
+    comparisons = _compare(session, plain, reference, inputs)
+    progress.step("fusion")
+    decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
+    unfused = decoded_on_every_call(artifact.path, decoders) if decoders else []
+    metric: dict[str, float] = {}
+    if eval_fn is not None:
+        models = {
+            "original": reference.module(),
+            "compressed": plain.module(),
+            "file": FileModule(session, artifact.graph),
+        }
+        for name, module in models.items():
+            progress.step(f"metric of the {name}")
+            metric[name] = _evaluate(eval_fn, module)
+    timings, float_bytes = _time(
+        artifact.path, session, reference, inputs[0], batch_sizes, threads, seconds, progress
+    )
+    progress.finish()
+    return Verification(
+        inputs=described or ("calibration samples" if samples else "random inputs"),
+        comparisons=tuple(comparisons),
+        timings=tuple(timings),
+        float_bytes=float_bytes,
+        unfused=tuple(unfused),
+        metric=metric,
+        environment={
+            "onnxruntime": runtime().__version__,
+            "threads": threads,
+            "processor": processor(),
+        },
+    )
+
+
+class FileModule(torch.nn.Module):
+    """A written file with the call signature of the captured model."""
+
+    def __init__(self, session: Session, graph: Graph) -> None:
+        super().__init__()
+        self.session = session
+        self.graph = graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = iter(self.session(*self.graph.flatten(*args, **kwargs)))
+        return self.graph.unflatten([None if n is None else next(flat) for n in self.graph.output_names])
+
+
+def processor() -> str:
+    """Name of the processor, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _inputs(reference: Graph, samples: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The samples and, at another shape, a part of the first; or random inputs at two shapes."""
+    if not samples:
+        return [example_inputs(reference, sizes, seed=2) for sizes in shapes_to_try(reference)]
+    return [*(list(s) for s in samples), _narrow(reference, samples[0])]
+
+
+def _narrow(reference: Graph, sample: Sequence[Tensor]) -> list[Tensor]:
+    """The same sample with about half of every dynamic dimension."""
+    narrowed = []
+    for spec, tensor in zip(reference.inputs, sample, strict=True):
+        for axis, _ in spec.dynamic:
+            tensor = tensor.narrow(axis, 0, max(1, (tensor.shape[axis] + 1) // 2))
+        narrowed.append(tensor.contiguous())
+    return narrowed
+
+
+def _compare(
+    session: Session, plain: Graph, reference: Graph, inputs: Sequence[Sequence[Tensor]]
+) -> list[Comparison]:
+    names = [n for n in reference.output_names if n is not None]
+    pairs = ("file vs original", "compressed graph vs original", "file vs compressed graph")
+    found = {(pair, name): Agreement() for name in names for pair in pairs}
+    for sample in inputs:
+        original = [t for t in reference.run(sample) if isinstance(t, Tensor)]
+        compressed = [t for t in plain.run(sample) if isinstance(t, Tensor)]
+        written = session(*sample)
+        for name, o, c, w in zip(names, original, compressed, written, strict=True):
+            if o.shape != w.shape:
+                shapes = ", ".join(str(list(t.shape)) for t in sample)
+                raise VerificationError(
+                    f"at inputs {shapes} the file's {name} is {list(w.shape)}", expected=f"{list(o.shape)}"
+                )
+            for pair, (a, b) in zip(pairs, ((o, w), (o, c), (c, w)), strict=True):
+                found[pair, name].update(a, b)
+    return [
+        Comparison(pair, name, a.shape, a.sqnr_db, a.cosine, a.largest, a.top1)
+        for (pair, name), a in found.items()
+    ]
+
+
+def _evaluate(eval_fn: EvalFn, module: torch.nn.Module) -> float:
+    try:
+        with torch.no_grad():
+            return float(eval_fn(module))
+    except CompressError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the metric failed: {type(error).__name__}: {error}",
+            expected="a callable that takes the model and returns a number, higher is better",
+        ) from error
+
+
+def _time(
+    path: Path,
+    session: Session,
+    reference: Graph,
+    sample: Sequence[Tensor],
+    batch_sizes: Sequence[int],
+    threads: int,
+    seconds: float,
+    progress: Progress,
+) -> tuple[list[Timing], int]:
+    if not batch_sizes:
+        return [], 0
+    import onnx_ir as ir
+
+    with tempfile.TemporaryDirectory(prefix="compress-float-") as folder:
+        baseline = Path(folder) / "float.onnx"
+        model, _ = build_model(reference)
+        ir.save(model, baseline, external_data="float.onnx.data")
+        nbytes = sum(f.stat().st_size for f in Path(folder).iterdir())
+        original = Session(baseline, threads=threads)
+        timings = []
+        for size in batch_sizes if _has_batch(reference) else [0]:
+            progress.step(f"speed at batch {size}" if size else "speed")
+            inputs = _batch_of(reference, sample, size)
+            timings.append(_pairwise(original, session, inputs, _sizes(reference, inputs), seconds))
+    return timings, nbytes
+
+
+def _has_batch(reference: Graph) -> bool:
+    return any(symbol == "batch" for spec in reference.inputs for _, symbol in spec.dynamic)
+
+
+def _batch_of(reference: Graph, sample: Sequence[Tensor], size: int) -> list[Tensor]:
+    """The sample repeated or cut to a batch of this size."""
+    result = []
+    for spec, tensor in zip(reference.inputs, sample, strict=True):
+        for axis, symbol in spec.dynamic:
+            if symbol == "batch":
+                index = torch.arange(size) % tensor.shape[axis]
+                tensor = tensor.index_select(axis, index)
+        result.append(tensor)
+    return result
+
+
+def _sizes(reference: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
+    return {
+        symbol: tensor.shape[axis]
+        for spec, tensor in zip(reference.inputs, inputs, strict=True)
+        for axis, symbol in spec.dynamic
+    }
+
+
+def _pairwise(
+    original: Session, compressed: Session, inputs: Sequence[Tensor], sizes: dict[str, int], seconds: float
+) -> Timing:
+    feed = original.feed(inputs)
+    other = compressed.feed(inputs)
+    pairs: list[tuple[float, float]] = []
+    clock = time.perf_counter
+    end = clock() + seconds
+    while len(pairs) < 5 or (clock() < end and len(pairs) < 300):
+        pair = []
+        for session, values in ((original, feed), (compressed, other)):
+            session.session.run(None, values)  # warm: the other file has just been through the caches
+            began = clock()
+            session.session.run(None, values)
+            pair.append(clock() - began)
+        pairs.append((pair[0], pair[1]))
+    ratios = sorted(a / b for a, b in pairs)
+    quarters = statistics.quantiles(ratios, n=4)
+    return Timing(
+        sizes=sizes,
+        float_ms=1e3 * statistics.median(a for a, _ in pairs),
+        compressed_ms=1e3 * statistics.median(b for _, b in pairs),
+        speedup=statistics.median(ratios),
+        spread=(quarters[2] - quarters[0]) / 2,
+        samples=len(pairs),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What results depend on, for reports."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
