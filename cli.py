@@ -1,0 +1,460 @@
+"""The command line: parse, make one call of the Python API, print.
+
+compress model.pt --recipe int4 --model net.py:build --input 1,3,32,32 -o model.onnx
+compress inspect model.pt
+compress recipes
+compress doctor
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from compress.errors import CompressError, GoalMissed, InputSpecError, OutputError, UntrustedFileError
+
+# names of layers and extras hold square brackets, which rich would take for markup
+_stderr = Console(stderr=True, markup=False, highlight=False)
+_stdout = Console(markup=False, highlight=False)
+
+
+class _CompressByDefault(click.Group):
+    """`compress MODEL ...` is `compress run MODEL ...`; a file named like a command is given as ./NAME."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage("compress", "MODEL [--recipe NAME|FILE] [-o OUT] ... | COMMAND ...")
+
+
+@click.group(cls=_CompressByDefault, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="compress-models", prog_name="compress")
+def cli() -> None:
+    """Make a PyTorch model smaller and faster, and prove it on the written ONNX file.
+
+    `compress MODEL` is short for `compress run MODEL`; `compress run --help` lists its options.
+    """
+
+
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command that loads a model takes."""
+    for option in reversed(
+        [
+            click.argument("source", metavar="MODEL", type=click.Path()),
+            click.option("--model", "-m", metavar="MODULE:CALLABLE",
+                         help="Builds the module when MODEL holds only weights: package.module:callable or "
+                              "file.py:callable."),
+            click.option("--input", "-i", "inputs", multiple=True, metavar="SPEC",
+                         help='An input: "1,3,32,32" or "ids:int64[1,seq=128]". Axis 0 is the batch and '
+                              "dynamic unless written !1; so is a named axis. Once for each input."),
+            click.option("--trust", is_flag=True,
+                         help="Load files that can execute code (pickled modules, exported programs)."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_source_options
+@click.option(
+    "--recipe",
+    "-r",
+    default="int8",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="A built-in recipe (`compress recipes`) or a YAML file.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(),
+    metavar="OUT",
+    help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder.",
+)
+@click.option("--target", default="onnx", show_default=True, help="What to write.")
+@click.option(
+    "--calibration",
+    "-c",
+    metavar="DATA",
+    help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or module:callable.",
+)
+@click.option(
+    "--tokenizer", metavar="PATH", help="tokenizer.json or a Hugging Face folder, for text calibration."
+)
+@click.option(
+    "--normalize", metavar="MEAN/STD", help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'
+)
+@click.option("--samples", default=512, show_default=True, help="Calibration samples to use.")
+@click.option(
+    "--eval",
+    "metric",
+    metavar="MODULE:CALLABLE",
+    help="Your metric: takes a model, returns a number, higher is better.",
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="X",
+    help="Exit with 3 when the file's metric is more than X below the original's.",
+)
+@click.option(
+    "--min-speedup",
+    type=float,
+    metavar="X",
+    help="Exit with 3 when the file is less than X times as fast at the smallest batch.",
+)
+@click.option(
+    "--batch-sizes",
+    default="1,8,32",
+    show_default=True,
+    metavar="N,N,..",
+    help="Batch sizes to time; empty for no timing.",
+)
+@click.option("--threads", default=1, show_default=True, help="Threads of ONNX Runtime while timing.")
+@click.option(
+    "--max-memory",
+    default="4GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for activations while calibrating; the rest goes to disk.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
+def run(
+    source: str, model: str | None, inputs: tuple[str, ...], trust: bool, recipe: str, output: str | None,
+    target: str, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
+    metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int,
+    max_memory: str, seed: int, quiet: bool,
+) -> None:  # fmt: skip
+    """Compress MODEL and write a verified file with a report beside it."""
+    import compress
+    from compress.loading import resolve_callable
+
+    began = time.perf_counter()
+    if max_drop is not None and metric is None:
+        raise InputSpecError(
+            "--max-drop was given without --eval", fix="add --eval module:callable, your metric"
+        )
+    sizes = _integers("--batch-sizes", batch_sizes)
+    if min_speedup is not None and not sizes:
+        raise InputSpecError("--min-speedup needs a timing", fix="give at least one batch size")
+    memory, norm = _bytes(max_memory), _mean_std(normalize)
+    path = Path(output) if output else Path(f"{Path(source).name.split('.')[0]}-{Path(recipe).stem}.onnx")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise OutputError(f"{path} is the model itself", fix="choose another name with -o")
+    eval_fn = resolve_callable(metric, what="--eval") if metric else None
+    with _Watching(quiet) as progress:
+        result = _trusting(
+            lambda trusted: compress.run(
+                source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
+                tokenizer=tokenizer, normalize=norm, samples=samples, max_memory=memory, progress=progress,
+            ),
+            trust,
+            progress,
+        )  # fmt: skip
+        report = result.report
+        if calibration is None:
+            report.warnings.append(report.calibration)
+
+        def results(artifact: compress.Artifact) -> dict[str, Any]:
+            report.verification = compress.verify(
+                artifact, result.reference, samples=result.samples, eval_fn=eval_fn, batch_sizes=sizes,
+                threads=threads, progress=progress,
+            )  # fmt: skip
+            return _stored_results(report.verification)
+
+        report.artifact = compress.export(
+            result.graph, path, target, samples=result.samples[:1], results=results
+        )
+    report.seconds = time.perf_counter() - began
+    written = report.write(path)
+    _show(report, path, written, quiet)
+    _check_goals(report.verification, max_drop, min_speedup)
+
+
+@cli.command()
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipe files.")
+@click.argument("name", required=False)
+def recipes(schema: bool, name: str | None) -> None:
+    """List the built-in recipes, print one as YAML (NAME), or the schema."""
+    from compress.api import pass_table
+    from compress.recipe import schema as recipe_schema
+    from compress.recipes import RECIPES, named
+
+    if schema:
+        click.echo(json.dumps(recipe_schema(pass_table()), indent=2))
+    elif name:
+        click.echo(named(name).to_yaml(), nl=False)
+    else:
+        table = Table("recipe", "what it does", box=None, pad_edge=False)
+        for recipe in RECIPES.values():
+            table.add_row(recipe.name, str(recipe.metadata.get("description", "")))
+        _stdout.print(table)
+
+
+@cli.command()
+@_source_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool, as_json: bool) -> None:
+    """Show what MODEL is: its kind and, where it can be captured, every layer that can be compressed."""
+    import compress
+    from compress.sniff import sniff
+
+    found = sniff(Path(source))
+    data: dict[str, Any] = {"kind": found.kind.value, "detail": found.detail}
+    try:
+        graph = _trusting(
+            lambda ok: compress.capture(source, inputs=inputs, model=model, trust=ok), trust, None
+        )
+    except CompressError as error:
+        if as_json:
+            click.echo(json.dumps({**data, "error": str(error)}, indent=2))
+        else:
+            click.echo(f"{source}: {found.kind.value} ({found.detail})")
+        raise
+    data["parameters"] = graph.parameters
+    data["bytes"] = graph.nbytes
+    data["inputs"] = [str(spec) for spec in graph.inputs]
+    data["outputs"] = [n for n in graph.output_names if n]
+    sites = graph.sites()
+    data["layers"] = [
+        {"name": s.name, "kind": s.kind, "weight": s.weight, "shape": list(graph.shape(s.weight))}
+        for s in sites
+    ]
+    covered = {s.weight for s in sites}
+    data["other_weights"] = sorted(
+        n for n, t in graph.tensors.items() if n not in covered and t.is_floating_point() and t.ndim >= 2
+    )
+    data["tied"] = graph.meta.get("tied", {})
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    click.echo(f"{source}: {found.kind.value} ({found.detail})")
+    click.echo(f"{graph.parameters:,} parameters, {graph.nbytes / 1e6:.2f} MB")
+    click.echo(f"inputs:  {', '.join(data['inputs'])}")
+    click.echo(f"outputs: {', '.join(data['outputs'])}")
+    table = Table("layer", "kind", "weight", "parameters", box=None, pad_edge=False)
+    for s in sites:
+        shape = graph.shape(s.weight)
+        total = 1
+        for n in shape:
+            total *= n
+        table.add_row(s.name, s.kind, "x".join(map(str, shape)), f"{total:,}")
+    _stdout.print(table)
+    for alias, name in data["tied"].items():
+        click.echo(f"tied: {alias} is {name}")
+    if data["other_weights"]:
+        click.echo(f"left as they are (no supported operator reads them): {', '.join(data['other_weights'])}")
+
+
+@cli.command()
+def doctor() -> None:
+    """Show what is installed, what is missing, and the command that installs it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    needed = {
+        "torch": "", "numpy": "", "safetensors": "",
+        "onnx": "onnx", "onnx-ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx",
+        "transformers": "hf", "tokenizers": "hf", "pillow": "images", "triton": "triton",
+        "tensorrt-rtx-cu13-bindings": "tensorrt",
+    }  # fmt: skip
+    table = Table("package", "version", "", box=None, pad_edge=False)
+    missing = []
+    for package, extra in needed.items():
+        try:
+            table.add_row(package, version(package), "")
+        except PackageNotFoundError:
+            missing.append(extra)
+            table.add_row(package, "missing", f"pip install 'compress-models[{extra}]'")
+    _stdout.print(table)
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, GPU: {gpu}")
+    if "onnx" in missing:
+        click.echo("ONNX files cannot be written or verified here yet.")
+        sys.exit(1)
+
+
+# -- pieces ---------------------------------------------------------------------------------------
+
+
+class _Watching:
+    """A rich progress bar on stderr with a time estimate for each stage; silent when piped."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[layer]}"),
+            console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> _Watching:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def pause(self) -> None:
+        self._bar.stop()
+
+    def resume(self) -> None:
+        self._bar.start()
+
+    def start(self, title: str, total: int) -> None:
+        self.finish()
+        self._task = self._bar.add_task(title, total=total or None, layer="")
+
+    def step(self, name: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, layer=name)
+
+    def finish(self) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+def _trusting(call: Callable[[bool], Any], trust: bool, progress: _Watching | None) -> Any:
+    """Make the call; where trust is what is missing and somebody is there to ask, ask."""
+    try:
+        return call(trust)
+    except UntrustedFileError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        if progress:
+            progress.pause()
+        click.echo(str(error), err=True)
+        if not click.confirm("Load it anyway?", default=False, err=True):
+            raise
+        if progress:
+            progress.resume()
+        return call(True)
+
+
+def _stored_results(verification: Any) -> dict[str, Any]:
+    """What goes into the file: no timings, they differ from run to run and the file must not."""
+    compared = [
+        {"what": c.what, "output": c.output, "cosine": round(c.cosine, 4), "top1": round(c.top1, 4)}
+        for c in verification.comparisons
+        if c.what == "file vs original"
+    ]
+    metric = {name: float(f"{value:.6g}") for name, value in verification.metric.items()}
+    return {"compared": compared, "metric": metric, "inputs": verification.inputs}
+
+
+def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
+    if not quiet:
+        table = Table("layer", "action", "bits", "sparsity", "bytes", "error", "", box=None, pad_edge=False)
+        for row in report.table():
+            table.add_row(*row)
+        _stdout.print(table)
+        for name, site, reason in report.notes():
+            click.echo(f"{name}: {site + ': ' if site else ''}{reason}")
+        for warning in report.warnings:
+            click.echo(f"note: {warning}", err=True)
+        for timing in report.verification.timings:
+            where = ", ".join(f"{k} {v}" for k, v in timing.sizes.items()) or "fixed shape"
+            click.echo(
+                f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
+                f"({timing.speedup:.2f} ± {timing.spread:.2f})"
+            )
+        if report.verification.unfused:
+            click.echo(f"decoded on every call, so slow: {', '.join(report.verification.unfused)}")
+        click.echo(f"wrote {path}, {', '.join(p.name for p in written)}")
+    click.echo(report.headline())
+
+
+def _check_goals(verification: Any, max_drop: float | None, min_speedup: float | None) -> None:
+    """Raise GoalMissed; the file stays, it is right, only not good enough."""
+    if max_drop is not None:
+        drop = verification.metric["original"] - verification.metric["file"]
+        if not drop <= max_drop:
+            raise GoalMissed(f"the metric dropped by {drop:.4g}", expected=f"at most --max-drop {max_drop:g}")
+    if min_speedup is not None:
+        first = verification.timings[0]
+        if not first.speedup >= min_speedup:
+            raise GoalMissed(
+                f"the file is {first.speedup:.2f} times as fast as the float export",
+                expected=f"at least --min-speedup {min_speedup:g}",
+            )
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0]
+    if any(v < 1 for v in values):
+        raise InputSpecError(f"{option} is {text!r}", expected='positive numbers, as in "1,8,32"')
+    return values
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
+    number = text.strip().upper()
+    unit = number.lstrip("0123456789. ")
+    try:
+        value = int(float(number.removesuffix(unit)) * units[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if value <= 0:
+        raise InputSpecError(f"--max-memory is {text!r}", expected='a size such as "4GB" or "500MB"')
+    return value
+
+
+def _mean_std(text: str | None) -> tuple[list[float], list[float]] | None:
+    if text is None:
+        return None
+    try:
+        mean, std = ([float(x) for x in part.split(",")] for part in text.split("/"))
+    except ValueError:
+        raise InputSpecError(
+            f"--normalize is {text!r}",
+            expected='mean and std per channel, as in "0.5,0.5,0.5/0.25,0.25,0.25"',
+        ) from None
+    return mean, std
+
+
+def main() -> NoReturn:
+    """Entry point: errors of ours go to stderr without a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except CompressError as error:
+        click.echo(f"compress: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("compress: stopped; nothing was written", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
