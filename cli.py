@@ -32,7 +32,7 @@ from compress.errors import CompressError, GoalMissed, InputSpecError, OutputErr
 
 # names of layers and extras hold square brackets, which rich would take for markup
 _stderr = Console(stderr=True, markup=False, highlight=False)
-_stdout = Console(markup=False, highlight=False)
+_stdout = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 class _CompressByDefault(click.Group):
@@ -369,7 +369,10 @@ def _stored_results(verification: Any) -> dict[str, Any]:
 
 def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
     if not quiet:
-        table = Table("layer", "action", "bits", "sparsity", "bytes", "error", "", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("layer", no_wrap=True, overflow="ellipsis")
+        for heading in ("action", "bits", "sparsity", "bytes", "error", ""):
+            table.add_column(heading, no_wrap=True, justify="left" if heading in ("action", "") else "right")
         for row in report.table():
             table.add_row(*row)
         _stdout.print(table)

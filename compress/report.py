@@ -164,7 +164,7 @@ class Report:
                 r["action"],
                 f"{r['bits']:.2f}",
                 f"{100 * r['sparsity']:.0f} %",
-                f"{r['bytes_before']:,} -> {r['bytes']:,}",
+                f"{_mb(r['bytes_before'])} -> {_mb(r['bytes'])}",
                 f"{100 * r['error']:.2f} %",
                 r["note"],
             )

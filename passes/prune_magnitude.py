@@ -4,6 +4,9 @@ Unstructured: exactly ``round(sparsity * n)`` weights are removed, over all targ
 (`scope: global`, which lets insensitive layers give more) or in each (`scope: layer`).
 N:M: of every M consecutive input channels N stay; for a convolution at each kernel position, which is
 the pattern sparse tensor cores read.
+
+Where there is calibration data the survivors are then refitted by least squares, layer after layer, so that
+they take over what the removed weights did (`compress.passes.solvers.refit`).
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress.calibration import Statistics, output_error, sweep
 from compress.graph import Graph, Site
-from compress.numerics import relative_error
 from compress.passes.solvers.masks import keep_largest, keep_n_of_m, parse_pattern
+from compress.passes.solvers.refit import refit_survivors
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 
@@ -33,6 +37,8 @@ class PruneMagnitude(Pass):
         "global", description="rank weights over all layers together, or in each layer"
     )
 
+    refit: bool = Field(True, description="refit the survivors by least squares, given calibration data")
+
     @model_validator(mode="after")
     def _consistent(self) -> PruneMagnitude:
         n_m = parse_pattern(self.pattern)
@@ -43,31 +49,45 @@ class PruneMagnitude(Pass):
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        sites = {s.weight: s for s in reversed(self.select(graph))}
-        sites = {s.weight: s for s in graph.sites() if s.weight in sites}
-        result = graph.copy()
+        chosen = {s.weight for s in self.select(graph)}
+        sites: dict[str, Site] = {}
+        for site in graph.sites():
+            if site.weight in chosen:
+                sites.setdefault(site.weight, site)
         changes: list[Change] = []
         notes: list[Note] = []
-        for weight, mask in self._masks(graph, sites, notes).items():
-            site = sites[weight]
-            context.progress.step(site.name)
-            old = graph.weight(weight)
-            new = torch.where(mask, old, torch.zeros((), dtype=old.dtype))
-            result.set_weight(weight, new)
-            size = old.numel() * old.element_size()
-            changes.append(
-                Change(
-                    site=site.name,
-                    weight=weight,
-                    action=self.pattern if self.pattern != "unstructured" else f"pruned {self.scope}",
-                    bits=8.0 * old.element_size(),
-                    sparsity=float((new == 0).double().mean()),
-                    bytes_before=size,
-                    bytes_after=size,
-                    error=relative_error(old, new),
-                )
-            )
+        masks = self._masks(graph, sites, notes)
+
+        def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:
+            mask = masks[site.weight]
+            if self.refit and statistics is not None and statistics.H is not None:
+                matrix, kept = (t.reshape(t.shape[0], -1) for t in (old, mask))
+                new = refit_survivors(matrix, kept, statistics.H).view_as(old).to(old.dtype)
+            else:
+                new = torch.where(mask, old, torch.zeros((), dtype=old.dtype))
+            changes.append(self._change(site, old, new, statistics))
+            return new
+
+        targets = [site for weight, site in sites.items() if weight in masks]
+        if not self.refit or context.calibration is None:
+            # nothing to learn from the data, so no forward pass
+            result = sweep(graph, targets, visit, progress=context.progress)
+        else:
+            result = context.sweep(graph, targets, visit, frozenset({"diag", "H"}))
         return PassResult(result, tuple(changes), tuple(notes))
+
+    def _change(self, site: Site, old: Tensor, new: Tensor, statistics: Statistics | None) -> Change:
+        size = old.numel() * old.element_size()
+        return Change(
+            site=site.name,
+            weight=site.weight,
+            action=self.pattern if self.pattern != "unstructured" else f"pruned {self.scope}",
+            bits=8.0 * old.element_size(),
+            sparsity=float((new == 0).double().mean()),
+            bytes_before=size,
+            bytes_after=size,
+            error=output_error(old, new, statistics),
+        )
 
     def _masks(self, graph: Graph, sites: dict[str, Site], notes: list[Note]) -> dict[str, Tensor]:
         n_m = parse_pattern(self.pattern)

@@ -73,3 +73,18 @@ def test_patterns_that_match_nothing_are_errors(options: dict[str, object], mess
 def test_inconsistent_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         PruneMagnitude(**options)  # type: ignore[arg-type]
+
+
+def test_refit_keeps_the_mask_and_lowers_the_output_error() -> None:
+    module, batches = make("encoder"), [MODELS["encoder"].inputs(8)]
+    outputs = []
+    with torch.no_grad():
+        wanted = module(*batches[0])["hidden"]
+    for refit in (False, True):
+        prune = PruneMagnitude(pattern="2:4", refit=refit)
+        result = compress.run(module, [prune], inputs=MODELS["encoder"].specs, calibration=batches)
+        for change in result.report.passes[0].changes:
+            kept = (result.graph.weight(change.weight) != 0).unflatten(-1, (-1, 4)).sum(-1)
+            assert (kept <= 2).all()
+        outputs.append(float((result.graph.run(batches[0])[0] - wanted).norm()))
+    assert outputs[1] < 0.9 * outputs[0]
