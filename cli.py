@@ -135,7 +135,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--threads", default=1, show_default=True, help="Threads of ONNX Runtime while timing.")
 @click.option(
     "--max-memory",
-    default="4GB",
+    default="2GB",
     show_default=True,
     metavar="SIZE",
     help="Memory for activations while calibrating; the rest goes to disk.",

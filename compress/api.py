@@ -68,7 +68,7 @@ def run(
     tokenizer: str | Path | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     samples: int = 512,
-    max_memory: int = 4 << 30,
+    max_memory: int = 2 << 30,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a model.
@@ -118,7 +118,7 @@ def run(
                 "compressed": float(eval_fn(graph.decoded().module())),
             }
     report.seconds = time.perf_counter() - began
-    return Result(graph, reference, report, _some(data))
+    return Result(graph, reference, report, _some(data, reference))
 
 
 def export(
@@ -226,15 +226,16 @@ def _calibration(
     )
 
 
-def _some(data: CalibrationData | None, count: int = 4) -> list[tuple[Tensor, ...]]:
-    if data is None:
-        return []
-    batches = []
-    for batch in data:
-        batches.append(batch.inputs)
-        if len(batches) == count:
+def _some(data: CalibrationData | None, reference: Graph) -> list[tuple[Tensor, ...]]:
+    """Up to 128 samples to verify with, eight at a time: outputs can be much larger than inputs."""
+    batches: list[tuple[Tensor, ...]] = []
+    every = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in reference.inputs)
+    for batch in data or ():
+        parts = [t.split(8) for t in batch.inputs] if every else [(t,) for t in batch.inputs]
+        batches.extend(zip(*parts, strict=True))
+        if len(batches) >= 16:
             break
-    return batches
+    return batches[:16]
 
 
 def _versions() -> dict[str, str]:

@@ -90,7 +90,7 @@ def sweep(
     batches: Iterable[Sequence[Tensor]] | None = None,
     reference: Graph | None = None,
     needs: frozenset[Need] = frozenset({"diag"}),
-    max_memory: int = 4 << 30,
+    max_memory: int = 2 << 30,
     progress: Progress | None = None,
 ) -> Graph:
     """Visit sites in execution order and return the graph with the weights the visitor gave.
@@ -126,7 +126,8 @@ def sweep(
             original = _Lane("original", reference, batches, store)
         lane = _Lane("compressed", graph, batches, store, twin=original)
         cache: dict[Any, Statistics] = {}
-        for node in lane.until_last(at_node):
+        path = lane.until_last(at_node)
+        for node in path:
             here = at_node.get(node.name)
             if here is not None:
                 statistics = _statistics(here, node, lane, original, needs, cache)
@@ -136,6 +137,8 @@ def sweep(
                 _store(result, here, new)
                 if new is not None:
                     lane.override(source, result.weight(here.weight))
+            if node is path[-1]:
+                break  # nobody needs its output, which in a language model is the largest value of all
             lane.compute(node)
             for key in [k for k in cache if not lane.alive(k[0])]:
                 del cache[key]

@@ -54,6 +54,10 @@ def relative_error(reference: Tensor, value: Tensor) -> float:
     return float((r - v).norm()) / norm if norm > 0 else float((r - v).norm())
 
 
+_AT_ONCE = 1 << 22
+"""Elements that `Agreement` looks at in one go."""
+
+
 class Agreement:
     """`sqnr_db`, `cosine`, `max_abs` and `top1_agreement` over many batches, in constant memory."""
 
@@ -70,15 +74,22 @@ class Agreement:
         """
         if reference.shape != value.shape:
             raise ValueError(f"shapes {list(reference.shape)} and {list(value.shape)} differ")
-        r, v = reference.double(), value.double()
-        rows = max(1, r.numel() // max(1, r.shape[-1] if r.ndim else 1))
-        self.noise += float((r - v).square().sum())
-        self.signal += float(r.square().sum())
-        self.largest = max(self.largest, max_abs(r, v))
-        self.cosines += cosine(r, v) * rows
-        self.tops += (top1_agreement(r, v) if r.ndim else 1.0) * rows
-        self.rows += rows
+        width = reference.shape[-1] if reference.ndim else 1
         self.shape = tuple(reference.shape)
+        if not reference.numel():
+            return
+        # in parts: the logits of a language model are large, and twice that in double precision
+        at_once = max(1, _AT_ONCE // width)
+        rows = zip(
+            reference.reshape(-1, width).split(at_once), value.reshape(-1, width).split(at_once), strict=True
+        )
+        for r, v in ((r.double(), v.double()) for r, v in rows):
+            self.noise += float((r - v).square().sum())
+            self.signal += float(r.square().sum())
+            self.largest = max(self.largest, max_abs(r, v))
+            self.cosines += cosine(r, v) * len(r)
+            self.tops += top1_agreement(r, v) * len(r)
+            self.rows += len(r)
 
     @property
     def sqnr_db(self) -> float:

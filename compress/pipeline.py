@@ -74,7 +74,7 @@ class Context:
     reference: Graph
     calibration: CalibrationData | None = None
     seed: int = 0
-    max_memory: int = 4 << 30
+    max_memory: int = 2 << 30
     progress: Progress = field(default_factory=Silent)
 
     def sweep(

@@ -21,6 +21,12 @@ onnx = pytest.importorskip("onnx", reason="needs the onnx extra")
 pytest.importorskip("onnxruntime", reason="needs the onnx extra")
 
 
+@pytest.fixture
+def fuse_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers take the form of large ones, so that it is tested without large models."""
+    monkeypatch.setattr("compress.exporters.onnx_weights.FOLD_BELOW", 0)
+
+
 def write(name: str, path: Path, *passes: compress.Pass) -> tuple[compress.Artifact, compress.Result]:
     result = compress.run(
         make(name),
@@ -46,7 +52,7 @@ def write(name: str, path: Path, *passes: compress.Pass) -> tuple[compress.Artif
     ],
 )
 def test_every_form_equals_the_graph(
-    name: str, bits: Any, group_size: Any, symmetric: bool, tmp_path: Path
+    name: str, bits: Any, group_size: Any, symmetric: bool, tmp_path: Path, fuse_all: None
 ) -> None:
     artifact, result = write(
         name, tmp_path, QuantizeWeights(bits=bits, group_size=group_size, symmetric=symmetric)
@@ -71,7 +77,7 @@ def test_float_models_are_exact_and_named(name: str, tmp_path: Path) -> None:
     assert dims == {s for spec in result.graph.inputs for _, s in spec.dynamic}
 
 
-def test_linear_layers_fuse_also_before_an_activation(tmp_path: Path) -> None:
+def test_linear_layers_fuse_also_before_an_activation(tmp_path: Path, fuse_all: None) -> None:
     """ONNX Runtime makes FusedGemm of MatMul, Add and Relu before it looks at the weight."""
     artifact, _ = write("convnet", tmp_path, QuantizeWeights(bits=4))
     decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
@@ -79,7 +85,7 @@ def test_linear_layers_fuse_also_before_an_activation(tmp_path: Path) -> None:
     assert decoded_on_every_call(artifact.path, decoders) == []
 
 
-def test_a_layer_that_does_not_fuse_is_named(tmp_path: Path) -> None:
+def test_a_layer_that_does_not_fuse_is_named(tmp_path: Path, fuse_all: None) -> None:
     """The detector must see something: the same operators in an order the runtime does not fuse."""
     artifact, _ = write("encoder", tmp_path, QuantizeWeights(bits=4, targets=("up",)))
     model = onnx.load(artifact.path)
@@ -89,6 +95,19 @@ def test_a_layer_that_does_not_fuse_is_named(tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("watched", 1, None))
     onnx.save(model, tmp_path / "unfused.onnx")
     assert decoded_on_every_call(tmp_path / "unfused.onnx", {decode.name: "up.weight"}) == ["up.weight"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_small_layers_are_decoded_at_load_and_exact(bits: Any, tmp_path: Path) -> None:
+    """The deployed session, not only the exact one, computes what the graph computes."""
+    artifact, result = write("encoder", tmp_path, QuantizeWeights(bits=bits, targets=("linear",)))
+    assert {form.loads_as for form in artifact.lowered} == {"decoded at load"}
+    decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
+    assert len(decoders) == len(artifact.lowered)
+    assert decoded_on_every_call(artifact.path, decoders) == []
+    inputs = MODELS["encoder"].inputs(3)
+    for want, have in zip(result.graph.run(inputs), Session(artifact.path)(*inputs), strict=True):
+        assert_close(want, have, db=90)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8, 2])
@@ -103,7 +122,7 @@ def test_tied_weights_stay_one_tensor(bits: Any, tmp_path: Path) -> None:
     assert artifact.nbytes < stored + 6000
 
 
-def test_masks_survive_in_the_file(tmp_path: Path) -> None:
+def test_masks_survive_in_the_file(tmp_path: Path, fuse_all: None) -> None:
     artifact, result = write("encoder", tmp_path, PruneMagnitude(pattern="2:4"), QuantizeWeights(bits=4))
     model = onnx.load(artifact.path)
     codes = next(i for i in model.graph.initializer if i.name == "up.weight.codes")
