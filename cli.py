@@ -95,6 +95,13 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--target", default="onnx", show_default=True, help="What to write.")
 @click.option(
+    "--decode",
+    type=click.Choice(["run", "load"]),
+    default="run",
+    show_default=True,
+    help="run: weights stay packed in memory. load: decoded once when the file is loaded, at float speed.",
+)
+@click.option(
     "--calibration",
     "-c",
     metavar="DATA",
@@ -144,9 +151,9 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], trust: bool, recipe: str, output: str | None,
-    target: str, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
-    metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int,
-    max_memory: str, seed: int, quiet: bool,
+    target: str, decode: Any, calibration: str | None, tokenizer: str | None, normalize: str | None,
+    samples: int, metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str,
+    threads: int, max_memory: str, seed: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
@@ -161,7 +168,11 @@ def run(
     if min_speedup is not None and not sizes:
         raise InputSpecError("--min-speedup needs a timing", fix="give at least one batch size")
     memory, norm = _bytes(max_memory), _mean_std(normalize)
-    path = Path(output) if output else Path(f"{Path(source).name.split('.')[0]}-{Path(recipe).stem}.onnx")
+    path = (
+        Path(output)
+        if output
+        else Path(f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}.onnx")
+    )
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise OutputError(f"{path} is the model itself", fix="choose another name with -o")
     eval_fn = resolve_callable(metric, what="--eval") if metric else None
@@ -186,7 +197,12 @@ def run(
             return _stored_results(report.verification)
 
         report.artifact = compress.export(
-            result.graph, path, target, samples=result.samples[:1], results=results
+            result.graph, path, target, samples=result.samples[:1], results=results, decode=decode
+        )
+    packed = any("MatMulNBits" in form.loads_as for form in report.artifact.lowered)
+    if packed and report.slower():
+        report.warnings.append(
+            "slower than float here: --decode load keeps the file this small at float speed and float memory"
         )
     report.seconds = time.perf_counter() - began
     written = report.write(path)

@@ -99,6 +99,11 @@ class Report:
             parts.append(fidelity_words(self.verification.comparisons))
         return ", ".join(parts)
 
+    def slower(self) -> bool:
+        """Whether the file was measurably slower than the float export at any batch size."""
+        timings = self.verification.timings if self.verification else ()
+        return any("SLOWER" in speed_words(t) for t in timings)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; infinities are None."""
         verification = dataclasses.asdict(self.verification) if self.verification else None

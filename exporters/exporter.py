@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Exporter(Protocol):
         samples: Sequence[Sequence[Tensor]] = (),
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
+        decode: Literal["run", "load"] = "run",
     ) -> Artifact:
         """Write under a temporary name, prove the file against the graph, then rename.
 
@@ -39,6 +40,8 @@ class Exporter(Protocol):
             metadata: stored in the file, JSON-able.
             results: called with the proven file while it still has its temporary name; what it
                 returns is stored in the file as well.
+            decode: "run" keeps weights packed in memory where the target has a kernel for that, "load"
+                has them decoded once when the file is loaded: float speed and float memory.
 
         Raises:
             ExportError: the graph cannot be written.

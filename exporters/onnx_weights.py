@@ -46,8 +46,16 @@ _FUSED_ACTIVATIONS = {
 """What ONNX Runtime's GemmActivationFusion takes."""
 
 
-def lower_weights(model: ir.Model, encodings: dict[str, EncodedWeight]) -> list[Lowered]:
-    """Replace the placeholders of encoded weights, graph inputs by name, by their forms above."""
+def lower_weights(
+    model: ir.Model, encodings: dict[str, EncodedWeight], *, fold_below: float
+) -> list[Lowered]:
+    """Replace the placeholders of encoded weights, graph inputs by name, by their forms above.
+
+    Args:
+        model: rewritten in place.
+        encodings: by the name of the placeholder.
+        fold_below: number of weights under which a linear layer is decoded when the file is loaded.
+    """
     builder = _Builder(model)
     lowered = []
     for name, encoded in encodings.items():
@@ -58,7 +66,7 @@ def lower_weights(model: ir.Model, encodings: dict[str, EncodedWeight]) -> list[
         kinds = {kind for kind, _, _ in uses}
         if len(uses) > 1 and kinds <= {"linear", "embedding"}:
             form = builder.shared(name, encoded, uses)
-        elif kinds == {"linear"} and math.prod(encoded.shape) >= FOLD_BELOW:
+        elif kinds == {"linear"} and math.prod(encoded.shape) >= fold_below:
             form = builder.linear(name, encoded, uses[0])
         elif kinds == {"embedding"}:
             form = builder.embedding(name, encoded, uses[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from compress.pipeline import example_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+Decode = Literal["run", "load"]
 
 OPSET = 21
 """The first with block-wise DequantizeLinear and INT4."""
@@ -72,6 +75,7 @@ class OnnxExporter:
         samples: Sequence[Sequence[Tensor]] = (),
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
+        decode: Decode = "run",
     ) -> Artifact:
         """Write, prove, rename; see `compress.exporters.exporter.Exporter.export`."""
         runtime()
@@ -80,7 +84,7 @@ class OnnxExporter:
             raise ExportError("; ".join(reasons))
         path = Path(path)
         _check_writable(path)
-        model, lowered = build_model(graph)
+        model, lowered = build_model(graph, decode)
         model.metadata_props.update(_as_text(metadata or {}))
         with _temporary(path) as folder:
             written = _save(model, folder / path.name)
@@ -94,8 +98,13 @@ class OnnxExporter:
         return replace(artifact, path=path, nbytes=size)
 
 
-def build_model(graph: Graph) -> tuple[ir.Model, list[Lowered]]:
+def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lowered]]:
     """The ONNX model in memory, and the form every encoded weight took.
+
+    Args:
+        graph: what to translate.
+        decode: "run" leaves large linear weights packed in memory and the runtime decodes them as it
+            multiplies; "load" lets it decode them once, into float weights, at float speed.
 
     Raises:
         ExportError: an operator has no ONNX form.
@@ -105,7 +114,7 @@ def build_model(graph: Graph) -> tuple[ir.Model, list[Lowered]]:
         import onnx_ir as ir
         import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
 
-        from compress.exporters.onnx_weights import lower_weights
+        from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
     except ImportError as error:
         raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
     program = _translate(graph)
@@ -118,7 +127,8 @@ def build_model(graph: Graph) -> tuple[ir.Model, list[Lowered]]:
             model.graph.inputs.remove(value)
             value.const_value = hidden[str(value.name)]
             model.graph.register_initializer(value)
-    lowered = lower_weights(model, graph.encodings)
+    fold_below = math.inf if decode == "load" else FOLD_BELOW
+    lowered = lower_weights(model, graph.encodings, fold_below=fold_below)
     common = ir.passes.common
     for step in (
         common.RemoveUnusedNodesPass(),

@@ -211,3 +211,14 @@ def test_unknown_target() -> None:
     graph = compress.capture(nn.Linear(8, 8), (torch.zeros(2, 8),))
     with pytest.raises(ExportError, match="onnx"):
         compress.export(graph, "x", target="onxx")
+
+
+def test_decode_at_load_is_exact_for_large_layers_too(tmp_path: Path, fuse_all: None) -> None:
+    _, result = write("encoder", tmp_path, QuantizeWeights(bits=4))
+    artifact = compress.export(result.graph, tmp_path / "loaded.onnx", decode="load")
+    assert "MatMulNBits" not in {form.loads_as for form in artifact.lowered}
+    inputs = MODELS["encoder"].inputs(3)
+    for want, have in zip(result.graph.run(inputs), Session(artifact.path)(*inputs), strict=True):
+        assert_close(want, have, db=90)
+    with pytest.raises(ExportError, match="run"):
+        compress.export(result.graph, tmp_path / "x.onnx", decode="now")  # type: ignore[arg-type]
