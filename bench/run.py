@@ -1,0 +1,183 @@
+"""Runs the benchmark cases and shows each measurement beside its target.
+
+    python bench/run.py [CASE ...] [--quick] [--data DIR] [--list] [--out DIR]
+
+Every case runs in a process of its own, so that its peak memory is its own. Results go to
+`bench/results/CASE.json`; those of --quick to `build/bench/results/`, because they are no record.
+The exit code is 1 when a case crashed or the tests are red; a missed target is shown, not hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+if "bench" not in sys.modules:  # the root must stay off sys.path: `passes` and `kernels` are common names
+    _spec = importlib.util.spec_from_file_location(
+        "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]
+    )
+    assert _spec is not None
+    sys.modules["bench"] = importlib.util.module_from_spec(_spec)
+
+from bench.cases import CASES, Case  # noqa: E402
+from bench.measure import Setup, all_hold, environment, fingerprint, rounded  # noqa: E402
+
+_console = Console(width=None if sys.stdout.isatty() else 118)
+
+
+def default_data() -> Path | None:
+    """The folder named by COMPRESS_BENCH_DATA, else `shared` beside the repository, if it is there."""
+    named = os.environ.get("COMPRESS_BENCH_DATA")
+    if named:
+        return Path(named)
+    beside = ROOT.parent / "shared"
+    return beside if beside.is_dir() else None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", metavar="[CASE]...", nargs=-1)
+@click.option("--quick", is_flag=True, help="Fewer samples, the same code.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder with data/ and models/.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option("--list", "only_list", is_flag=True, help="List the cases and what is missing for them.")
+@click.option(
+    "--gate/--no-gate", default=None, help="Run the tests first, stop when red (default: unless --quick)."
+)
+@click.option("--threads", default=1, show_default=True, help="Threads of everything that computes.")
+@click.option(
+    "--child", hidden=True, type=click.Path(path_type=Path), help="Run here, write the result there."
+)
+def main(
+    names: tuple[str, ...],
+    quick: bool,
+    data: Path | None,
+    out: Path | None,
+    only_list: bool,
+    gate: bool | None,
+    threads: int,
+    child: Path | None,
+) -> None:
+    """Run benchmark cases (all without a name) and hold each measurement against its target."""
+    unknown = [n for n in names if n not in CASES]
+    if unknown:
+        raise click.UsageError(f"there is no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    data = (data or default_data() or Path()).resolve() if data or default_data() else None
+    cases = [CASES[n] for n in names or CASES]
+    if only_list:
+        _list(cases, data)
+    elif child is not None:
+        _run_here(cases[0], quick, data, child)
+    else:
+        out = out or (ROOT / "build" / "bench" / "results" if quick else ROOT / "bench" / "results")
+        if (not quick if gate is None else gate) and not tests_are_green():
+            raise click.ClickException(
+                "the tests are red; no benchmark is reported (--no-gate to look anyway)"
+            )
+        crashed = [c.name for c in cases if not run_case(c, quick, data, out.resolve(), threads)]
+        if crashed:
+            raise click.ClickException(f"crashed: {', '.join(crashed)}")
+
+
+def tests_are_green() -> bool:
+    """Run all tests, stopping at the first failure."""
+    _console.print("running the tests first")
+    words = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "tests"]
+    return subprocess.run(words, cwd=ROOT, check=False).returncode == 0
+
+
+def run_case(case: Case, quick: bool, data: Path | None, out: Path, threads: int = 1) -> bool:
+    """Run one case in a process of its own, print and write its result; False if it crashed."""
+    reason = case.missing(data)
+    if reason:
+        _console.print(f"[bold]{case.name}[/] skipped: {reason}", highlight=False)
+        return True
+    _console.print(f"[bold]{case.name}[/]: {case.shows}", highlight=False)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        result = Path(folder) / "result.json"
+        words = [sys.executable, "-P", str(Path(__file__).resolve()), case.name, "--child", str(result)]
+        words += ["--quick"] * quick + (["--data", str(data)] if data else [])
+        limits = {n: str(threads) for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
+        limits["TOKENIZERS_PARALLELISM"] = "false"
+        code = subprocess.run(words, cwd=ROOT, env={**os.environ, **limits}, check=False).returncode
+        if code or not result.exists():
+            _console.print(f"[red]{case.name} crashed[/] (exit code {code})", highlight=False)
+            return False
+        found = json.loads(result.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{case.name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    _show(found)
+    if found["source_changed_meanwhile"]:
+        _console.print("[bold red]the source changed while this ran: the numbers are of no one version[/]")
+    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    _console.print(
+        f"{found['seconds']:.0f} s, peak memory {found['peak_bytes'] / 1e9:.2f} GB, written to {place}\n",
+        highlight=False,
+    )
+    return True
+
+
+def _run_here(case: Case, quick: bool, data: Path | None, result: Path) -> None:
+    work = ROOT / "build" / "bench" / case.name
+    work.mkdir(parents=True, exist_ok=True)
+    found = measure(case, Setup(quick, data, work))
+    result.write_text(json.dumps(found))
+
+
+def measure(case: Case, setup: Setup) -> dict[str, Any]:
+    """Run a case in this process; the result as it is written to JSON."""
+    began, source = time.perf_counter(), fingerprint()
+    try:
+        measurements = case.load()(setup)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "case": case.name,
+        "shows": case.shows,
+        "environment": environment(setup.quick),
+        "source_changed_meanwhile": fingerprint() != source,
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_bytes": max(usages) * (1 if sys.platform == "darwin" else 1024),
+        "targets_hold": all_hold(measurements),
+        "measurements": [dataclasses.asdict(m) for m in measurements],
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    table = Table("measured", "", "unit", "must be", "", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    table.columns[0].overflow = "fold"
+    marks = {True: Text("holds", "green"), False: Text("MISSED", "bold red"), None: Text("")}
+    for m in found["measurements"]:
+        table.add_row(m["name"], rounded(m["value"]), m["unit"], m["target"], marks[m["holds"]])
+    _console.print(table)
+
+
+def _list(cases: list[Case], data: Path | None) -> None:
+    table = Table("case", "what it shows", "here", box=None, pad_edge=False)
+    for case in cases:
+        reason = case.missing(data)
+        table.add_row(case.name, case.shows, f"skipped: {reason}" if reason else "can run")
+    _console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Sentences and tokens of the texts in the data folder."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_SPACED = re.compile(r" ([,.;:!?%)\]]|'s\b|n't\b|'re\b|'ve\b|'ll\b)")
+_OPENED = re.compile(r"([(\[]) ")
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a gzipped text, line ends kept."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return file.readlines()
+
+
+def sentences(path: Path, counts: Sequence[int], seed: int = 0) -> list[list[str]]:
+    """Disjoint seeded draws of real sentences of 8 to 60 words, without unknown words.
+
+    Args:
+        path: a gzipped text whose words and punctuation are separated by spaces.
+        counts: how many to draw for each list.
+
+    Raises:
+        ValueError: the text holds fewer.
+    """
+    found: dict[str, None] = {}
+    for line in lines(path):
+        if line.lstrip().startswith("="):
+            continue  # a heading
+        for part in line.strip().split(" . "):
+            if 8 <= len(part.split()) <= 60 and "<unk>" not in part:
+                found[_clean(part.removesuffix(" .") + " .")] = None
+    everything = sorted(found)
+    random.Random(seed).shuffle(everything)
+    if len(everything) < sum(counts):
+        raise ValueError(f"{path.name} holds {len(everything)} sentences, {sum(counts)} are needed")
+    ends = np.cumsum(counts)
+    return [everything[end - n : end] for n, end in zip(counts, ends, strict=True)]
+
+
+def _clean(words: str) -> str:
+    for spaced, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" - ", "-")):
+        words = words.replace(spaced, plain)
+    return _OPENED.sub(r"\1", _SPACED.sub(r"\1", words)).replace('" ', '"', 1).strip()
+
+
+def windows(path: Path, tokenizer: Path, length: int) -> np.ndarray:
+    """A text as token ids ``[n, length]``: each line encoded with its end, a last partial window dropped."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer))
+    ids = [np.asarray(e.ids, np.int64) for e in loaded.encode_batch(lines(path), add_special_tokens=False)]
+    tokens = np.concatenate(ids)
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
