@@ -201,20 +201,28 @@ class _Builder:
         if groups == 1:
             padded = width = columns
         codes = torch.nn.functional.pad(codes, (0, padded - columns), value=encoding.zero)
+        unsigned = np.uint8 if encoding.bits == 8 else ml_dtypes.uint4
+        to = ir.DataType.FLOAT.value
+        shift: ir.Value | None = None
+        if not encoding.symmetric:
+            packed = zeros.unsqueeze(-1).numpy().astype(unsigned)
+            integer_zeros = self.initializer(f"{name}.zero_points", packed)
+            shift = self.node(first, "Cast", [integer_zeros], f"{name}/cast_zero", to=to)
         if encoding.bits == 2:
             integers = self.unpack2(name, first, codes.view(rows, groups, width))
-            offset = zeros if not encoding.symmetric else torch.full_like(zeros, encoding.zero)
+            if shift is None:
+                shift = self.initializer(f"{name}.zero", np.array([encoding.zero], dtype=np.float32))
         else:
-            signed = {4: (ml_dtypes.int4, ml_dtypes.uint4), 8: (np.int8, np.uint8)}[encoding.bits]
+            signed = np.int8 if encoding.bits == 8 else ml_dtypes.int4
             data = codes.view(rows, groups, width).to(torch.int16)
-            if encoding.symmetric:
-                data = data - encoding.zero
-            array = data.numpy().astype(signed[0 if encoding.symmetric else 1])
+            array = (
+                (data - encoding.zero).numpy().astype(signed)
+                if shift is None
+                else data.numpy().astype(unsigned)
+            )
             integers = self.initializer(f"{name}.codes", array)
-            offset = torch.zeros_like(zeros) if encoding.symmetric else zeros
-        result = self.node(first, "Cast", [integers], f"{name}/cast", to=ir.DataType.FLOAT.value)
-        if bool(offset.any()):
-            shift = self.initializer(f"{name}.zero_points", offset.float().unsqueeze(-1).numpy())
+        result = self.node(first, "Cast", [integers], f"{name}/cast", to=to)
+        if shift is not None:
             result = self.node(first, "Sub", [result, shift], f"{name}/shift")
         scales = self.initializer(f"{name}.scales", encoded.scales.unsqueeze(-1).numpy())
         result = self.node(first, "Mul", [result, scales], f"{name}/scale")
