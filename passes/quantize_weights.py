@@ -25,6 +25,10 @@ _WORTH_IT = 512
 """Bytes a weight must save: below, the operators that decode it take more room in the file."""
 
 
+Scales = Literal["search", "absmax"]
+Method = Literal["rtn", "descent"]
+
+
 class QuantizeWeights(Pass):
     """Encode weights as 2-, 4- or 8-bit integers."""
 
@@ -38,10 +42,10 @@ class QuantizeWeights(Pass):
         32, description="columns that share a scale; -1: one scale for each row"
     )
     symmetric: bool = Field(True, description="no zero points; TensorRT takes nothing else")
-    scales: Literal["search", "absmax"] = Field(
+    scales: Scales = Field(
         "search", description="weighted search (default), or the plain range of each group"
     )
-    method: Literal["rtn", "descent"] = Field(
+    method: Method = Field(
         "descent",
         description="rtn: round to nearest; descent: then coordinate descent, given calibration data",
     )
@@ -58,22 +62,7 @@ class QuantizeWeights(Pass):
             if declined:
                 notes.append(Note(site.name, declined))
                 return None
-            matrix = weight.reshape(weight.shape[0], -1).float()
-            importance = _importance(statistics, matrix)
-            if self.scales == "search":
-                rounded = search_scales(matrix, importance, encoding)
-            else:
-                rounded = round_to_nearest(matrix, encoding)
-            if statistics is not None and statistics.H is not None:
-                rounded = coordinate_descent(matrix, rounded, statistics.H, encoding)
-            encoded = encode(
-                rounded.codes,
-                rounded.scales,
-                rounded.zero_points,
-                encoding,
-                tuple(weight.shape),
-                weight.dtype,
-            )
+            encoded = quantized(weight, statistics, encoding, scales=self.scales, method=self.method)
             changes.append(_change(site, weight, encoded, statistics))
             return encoded
 
@@ -91,6 +80,34 @@ class QuantizeWeights(Pass):
         if site.kind == "embedding" and columns % encoding.width(columns):
             return f"{columns} columns are no multiple of group_size {self.group_size}; left as it is"
         return None
+
+
+def quantized(
+    weight: Tensor,
+    statistics: Statistics | None,
+    encoding: IntEncoding,
+    *,
+    scales: Scales = "search",
+    method: Method = "descent",
+) -> EncodedWeight:
+    """Quantize one weight; what the pass does at every site.
+
+    Args:
+        weight: float ``[O, ...]``.
+        statistics: of the site's input; None without data.
+        encoding: the grid and the groups.
+        scales, method: options of `QuantizeWeights`.
+    """
+    matrix = weight.reshape(weight.shape[0], -1).float()
+    if scales == "search":
+        rounded = search_scales(matrix, _importance(statistics, matrix), encoding)
+    else:
+        rounded = round_to_nearest(matrix, encoding)
+    if method == "descent" and statistics is not None and statistics.H is not None:
+        rounded = coordinate_descent(matrix, rounded, statistics.H, encoding)
+    return encode(
+        rounded.codes, rounded.scales, rounded.zero_points, encoding, tuple(weight.shape), weight.dtype
+    )
 
 
 def _importance(statistics: Statistics | None, matrix: Tensor) -> Tensor | None:
