@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from compress.encoding import EncodedWeight
 from compress.errors import CalibrationError
 from compress.graph import Graph, Site, argument
+from compress.numerics import magnitude
 from compress.progress import Progress, Silent
 
 Need = Literal["diag", "mean", "H", "G"]
@@ -65,7 +66,8 @@ def output_error(weight: Tensor, new: Tensor, statistics: Statistics | None) -> 
     """
     groups = 1 if statistics is None else statistics.diag.shape[0]
     w = weight.detach().float().reshape(groups, weight.shape[0] // groups, -1)
-    d = w - new.detach().float().reshape_as(w)
+    size = magnitude(w.flatten())  # squares of very small and very large weights do not fit float32
+    w, d = w / size, (w - new.detach().float().reshape_as(w)) / size
 
     def energy(m: Tensor) -> float:
         if statistics is None:

@@ -54,6 +54,17 @@ def relative_error(reference: Tensor, value: Tensor) -> float:
     return float((r - v).norm()) / norm if norm > 0 else float((r - v).norm())
 
 
+def magnitude(value: Tensor) -> Tensor:
+    """A power of two as large as the largest ``|value|`` of each row: float32 ``[..., 1]`` for ``[..., N]``.
+
+    Dividing by it rounds nothing, and brings values whose squares float32 cannot hold (weights of a dead
+    filter, 1e-30) to around 1. It is 1 for a row of zeros.
+    """
+    exponent = torch.frexp(value.float().abs().amax(-1, keepdim=True)).exponent
+    # 2^-126 is the smallest number float32 holds with all its digits
+    return torch.exp2(exponent.clamp(-126, 127).float())
+
+
 _AT_ONCE = 1 << 22
 """Elements that `Agreement` looks at in one go."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.encoding import IntEncoding
+from compress.numerics import magnitude
 from compress.passes.solvers.scales import Rounded
 
 _BLOCK = 128
@@ -49,6 +50,7 @@ def coordinate_descent(
     """
     groups, columns = H.shape[0], weight.shape[1]
     w = weight.float().reshape(groups, -1, columns)
+    H = H / magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
     mean = H.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     H = H + damping * mean.view(-1, 1, 1) * torch.eye(columns)
     diagonal = H.diagonal(dim1=1, dim2=2)

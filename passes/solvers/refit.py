@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.numerics import magnitude
+
 
 def refit_survivors(
     weight: Tensor,
@@ -38,6 +40,10 @@ def refit_survivors(
     groups, columns = H.shape[0], weight.shape[1]
     w = weight.float().reshape(groups, -1, columns)
     keep = mask.reshape_as(w)
+    # the residuals are squared: of values around 1, they stay within the range of float32
+    size = magnitude(w)
+    w = w / size
+    H = H / magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
     diagonal = H.diagonal(dim1=1, dim2=2)
     ridge = damping * diagonal.mean(1).clamp_min(1e-30)
     A = H + ridge.view(-1, 1, 1) * torch.eye(columns)
@@ -59,4 +65,4 @@ def refit_survivors(
         new = (residual * z).sum(-1, keepdim=True)
         direction = z + (new / rho.clamp_min(1e-38)) * direction
         rho = new
-    return v.flatten(0, 1)
+    return (v * size).flatten(0, 1)

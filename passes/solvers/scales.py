@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.encoding import IntEncoding
+from compress.numerics import magnitude
 
 _ROWS_AT_ONCE = 1 << 21
 """Weights worked on at a time: bounds the memory of the search to a few dozen MB."""
@@ -77,10 +78,14 @@ def search_scales(weight: Tensor, importance: Tensor | None, encoding: IntEncodi
 
 
 def _search(weight: Tensor, importance: Tensor | None, encoding: IntEncoding) -> Rounded:
-    w = _grouped(weight, encoding)
+    original = _grouped(weight, encoding)
+    # errors are squares: of values around 1, they stay within what float32 can tell apart
+    size = magnitude(original)
+    w = original / size
     h = torch.ones_like(weight) if importance is None else importance.expand_as(weight)
+    h = h / magnitude(h)
     # a group whose inputs were never active would leave its scale undefined: give all a little weight
-    h = h + 1e-6 * h.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    h = h + 1e-6 * h.mean(-1, keepdim=True).clamp_min(1e-6)
     h = _grouped(h, encoding)
     ratios = _RATIOS[encoding.bits]
     candidates = _symmetric(w, encoding, ratios) if encoding.symmetric else _asymmetric(w, encoding, ratios)
@@ -104,8 +109,9 @@ def _search(weight: Tensor, importance: Tensor | None, encoding: IntEncoding) ->
         better = error < best_error
         best_scale = torch.where(better, refit, best_scale)
         best_error = torch.where(better, error, best_error)
-    codes = _codes(w, best_scale, best_zero, encoding)
-    return _finish(codes, best_scale, best_zero, encoding, weight.shape[1])
+    scale = _nonzero(best_scale * size.squeeze(-1))
+    codes = _codes(original, scale, best_zero, encoding)
+    return _finish(codes, scale, best_zero, encoding, weight.shape[1])
 
 
 _RATIOS = {

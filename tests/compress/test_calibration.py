@@ -148,6 +148,17 @@ def test_convolution_statistics(padding: Any) -> None:
     assert output_error(weight, weight * 0.9, s) == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_error_of_very_small_and_large_weights(size: float) -> None:
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * size
+    for statistics in (
+        None,
+        Statistics(1, torch.ones(1, 8)),
+        Statistics(1, torch.ones(1, 8), H=torch.eye(8)[None]),
+    ):
+        assert output_error(weight, weight * 0.9, statistics) == pytest.approx(0.1, rel=1e-3)
+
+
 def test_one_dimensional_convolution() -> None:
     module = nn.Sequential(nn.Conv1d(3, 4, 3, stride=2, padding=1, bias=False)).eval()
     x = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from compress.numerics import Agreement, cosine, max_abs, relative_error, sqnr_db, top1_agreement
+from compress.numerics import Agreement, cosine, magnitude, max_abs, relative_error, sqnr_db, top1_agreement
 
 
 def test_known_values() -> None:
@@ -24,6 +24,15 @@ def test_equal_and_broken() -> None:
     assert sqnr_db(x, x) == math.inf
     assert sqnr_db(x, x * math.nan) == -math.inf
     assert cosine(torch.zeros(2, 3), torch.zeros(2, 3)) == 1.0
+
+
+def test_magnitude_is_a_power_of_two_and_dividing_by_it_is_exact() -> None:
+    rows = torch.tensor([[3.0, -5.0], [0.0, 0.0], [1e-30, 3e-30], [-3e38, 1.0], [1e-44, 0.0]])
+    size = magnitude(rows)
+    assert size.shape == (5, 1)
+    assert size[:2, 0].tolist() == [8.0, 1.0]
+    assert torch.equal(rows / size * size, rows)
+    assert float((rows / size).abs().max()) <= 2
 
 
 def test_batches_add_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,3 +56,16 @@ def test_dead_inputs_and_empty_rows() -> None:
     mask = torch.tensor([[True, False, True, False], [False] * 4])
     found = refit_survivors(weight, mask, torch.zeros(1, 4, 4))
     assert torch.equal(found, weight * mask)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e20, 1e36])
+def test_the_size_of_weights_and_inputs_does_not_matter(size: float) -> None:
+    """Squares of such numbers are 0 or infinite in float32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 32, generator=generator)
+    x = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    H = (x.T @ x / 200)[None]
+    mask = weight.abs() > weight.abs().median()
+    expected = refit_survivors(weight, mask, H)
+    assert_close(expected, (refit_survivors(weight * size, mask, H).double() / size).float(), db=60)
+    assert_close(expected, refit_survivors(weight, mask, H / H.max() * size), db=60)

@@ -154,3 +154,22 @@ def test_constant_and_extreme_weights(value: float) -> None:
         found = decode(search_scales(weight, None, encoding), encoding, (2, 33))
         assert torch.isfinite(found).all()
         assert torch.allclose(found, weight, rtol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-21, 1e20, 1e30, 1e36])
+@pytest.mark.parametrize("encoding", [IntEncoding(4, 16, True), IntEncoding(8, -1, False)], ids=str)
+def test_the_size_of_weights_and_inputs_does_not_matter(encoding: IntEncoding, size: float) -> None:
+    """Squares of such numbers are 0 or infinite in float32; filters that died in training look like this."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(4, 48, generator=generator)
+    x = torch.randn(100, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    H = (x.T @ x / 100)[None]
+
+    def error(scaled: Tensor, H: Tensor) -> float:
+        found = search_scales(scaled, H[0].diagonal(), encoding)
+        found = coordinate_descent(scaled, found, H, encoding)
+        return float((scaled.double() - decode(found, encoding, (4, 48))).norm() / scaled.double().norm())
+
+    usual = error(weight, H)
+    assert error(weight * size, H) == pytest.approx(usual, rel=1e-2)
+    assert error(weight, H / H.max() * size) == pytest.approx(usual, rel=1e-2)
