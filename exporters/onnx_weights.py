@@ -145,7 +145,8 @@ class _Builder:
     def embedding(self, name: str, encoded: EncodedWeight, use: _Use) -> Lowered:
         block, scales, zeros = _blocks(encoded, embedding_only=True)
         inputs = [self.initializer(f"{name}.codes", encoded.codes.numpy())]
-        self.gather(name, use[1], inputs[0], self.block_inputs(name, scales, zeros), encoded, block)
+        extra = self.block_inputs(name, scales, zeros)
+        self.gather(f"{name}/gather", use[1], inputs[0], extra, encoded, block)
         return Lowered(name, "GatherBlockQuantized", "GatherBlockQuantized")
 
     def shared(self, name: str, encoded: EncodedWeight, uses: list[_Use]) -> Lowered:
@@ -163,7 +164,7 @@ class _Builder:
         extra = self.block_inputs(name, scales, zeros)
         for i, (kind, node, _) in enumerate(uses):
             if kind == "embedding":
-                self.gather(name, node, codes, extra, encoded, block)
+                self.gather(f"{name}/gather{i}", node, codes, extra, encoded, block)
                 continue
             operand = codes
             if gathered:
@@ -275,7 +276,7 @@ class _Builder:
             node,
             "GatherBlockQuantized",
             [codes, _input(node, 1), *extra],
-            f"{name}/gather",
+            name,
             "com.microsoft",
             bits=encoded.encoding.bits,
             block_size=block,

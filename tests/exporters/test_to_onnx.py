@@ -112,6 +112,25 @@ def test_small_layers_are_decoded_at_load_and_exact(bits: Any, tmp_path: Path) -
         assert_close(want, have, db=90)
 
 
+class TwoTexts(nn.Module):
+    """One table for two texts and the head, as in T5 and BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 32)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        mixed = self.table(source).mean(1, keepdim=True) + self.table(target)
+        return nn.functional.linear(mixed, self.table.weight)
+
+
+def test_a_table_with_two_lookups(tmp_path: Path) -> None:
+    inputs = tuple(torch.randint(0, 64, (2, n), generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+    result = compress.run(TwoTexts(), [QuantizeWeights(bits=4)], example_inputs=inputs)
+    artifact = compress.export(result.graph, tmp_path / "model.onnx")
+    assert_close(result.graph.run(inputs)[0], Session(artifact.path)(*inputs)[0], db=20)
+
+
 @pytest.mark.parametrize("bits", [None, 4, 8, 2])
 def test_tied_weights_stay_one_tensor(bits: Any, tmp_path: Path) -> None:
     passes = [] if bits is None else [QuantizeWeights(bits=bits)]
