@@ -32,8 +32,11 @@ def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:
         return _from_file(Path(calibration), source), calibration
     if isinstance(calibration, CalibrationData):
         return next(iter(calibration)).inputs, calibration
-    if isinstance(calibration, Mapping | Tensor | np.ndarray) or not isinstance(calibration, Iterable):
-        return _inputs(calibration, source), calibration
+    if isinstance(calibration, Mapping):
+        # all samples at once, of which the model is captured, and checked after every pass, on two
+        return _inputs({k: _head(v) for k, v in calibration.items()}, source), calibration
+    if isinstance(calibration, Tensor | np.ndarray) or not isinstance(calibration, Iterable):
+        return _inputs(_head(calibration), source), calibration
     iterator = iter(calibration)
     try:
         item = next(iterator)
@@ -42,6 +45,11 @@ def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:
     if iterator is calibration:  # a generator: what was taken must be put back
         calibration = itertools.chain([item], iterator)
     return _inputs(item, source), calibration
+
+
+def _head(value: Any) -> Any:
+    """The first two samples of an array; anything else as it is."""
+    return value[:2] if isinstance(value, Tensor | np.ndarray) and value.ndim else value
 
 
 def _inputs(item: Any, source: object) -> Any:

@@ -67,6 +67,14 @@ def test_kinds_of_calibration_give_the_same_result(calibration: Any) -> None:
         assert torch.equal(want.graph.encodings[name].codes, have.graph.encodings[name].codes)
 
 
+def test_arrays_of_samples_are_captured_with_two_of_them() -> None:
+    samples = torch.randn(1000, 24)
+    for calibration in (samples, samples.numpy(), {"x": samples}):
+        result = compress.run(make("products"), calibration=calibration)
+        assert result.reference.inputs[0].shape == (2, 24)
+        assert "512 samples" in result.report.calibration
+
+
 def test_metric_of_original_and_compressed() -> None:
     def metric(module: torch.nn.Module) -> float:
         out: Tensor = module(X)
