@@ -135,10 +135,11 @@ def sweep(
                 statistics = _statistics(here, node, lane, original, needs, cache)
                 progress.step(here.name)
                 source = _weight_node(node, here)
-                new = visit(here, lane.constant(source), statistics)
+                new = visit(here, graph.weight(here.weight), statistics)
                 _store(result, here, new)
                 if new is not None:
-                    lane.override(source, result.weight(here.weight))
+                    # the operator may read the weight through a cast
+                    lane.override(source, result.weight(here.weight).to(lane.constant(source).dtype))
             if node is path[-1]:
                 break  # nobody needs its output, which in a language model is the largest value of all
             lane.compute(node)
@@ -314,6 +315,7 @@ class _Lane:
         self.constants: dict[fx.Node, Any] = {}
         self.variable: set[fx.Node] = set()
         self.diverged: set[str] = set()
+        self.overridden: set[fx.Node] = set()
         self.done = 0
         self.live: set[str] = set()
         for node in self.nodes:
@@ -347,6 +349,7 @@ class _Lane:
         """From here on this weight has another value."""
         self.constants[node] = value
         self.diverged.add(node.name)
+        self.overridden.add(node)
 
     def value(self, node: fx.Node, batch: int) -> Any:
         if node not in self.variable:
@@ -389,6 +392,9 @@ class _Lane:
         else:
             if not self._same_constant(node):
                 self.diverged.add(node.name)
+            if any(i in self.overridden for i in node.all_input_nodes):
+                self.constant(node)  # now: the value it was given is dropped below
+                self.overridden.add(node)
         for source in [node, *node.all_input_nodes]:
             if not self.uses[source] or self.uses[source][-1] <= here:
                 self._drop(source)

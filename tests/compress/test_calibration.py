@@ -173,3 +173,55 @@ def test_empty_data() -> None:
     graph = compress.capture(make("tied_lm"), MODELS["tied_lm"].inputs(2))
     with pytest.raises(CalibrationError, match="empty"):
         collect(graph, [])
+
+
+class Positions(nn.Module):
+    """The part that depends on weights only has layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 16)
+        self.positions = nn.Embedding(8, 16)
+        self.project = nn.Linear(16, 16)
+        self.last = nn.Linear(16, 16)
+        self.register_buffer("ids", torch.arange(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.tokens(ids) + self.project(self.positions(self.ids)))
+
+
+def test_changed_weights_are_seen_where_nothing_depends_on_the_inputs() -> None:
+    module = Positions().eval()
+    ids = torch.arange(40).reshape(5, 8)
+    graph = compress.capture(module, (ids,))
+
+    def change(site: Site, weight: Tensor) -> Tensor | None:
+        return weight * 3 if site.name in ("positions", "project") else None
+
+    found = collect(graph, [(ids,)], change, needs=frozenset({"H"}))
+    with torch.no_grad():
+        module.positions.weight.mul_(3)
+        module.project.weight.mul_(3)
+    x = layer_inputs(module, [(ids,)])["last"]
+    assert_close(x.T @ x / len(x), found["last"].H[0], db=90)
+
+
+class Cast(nn.Module):
+    """A float32 weight that is used in another precision, as autocast does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.first.weight.bfloat16(), self.first.bias.bfloat16()
+        return self.last(nn.functional.linear(x.bfloat16(), weight, bias).float())
+
+
+def test_a_weight_behind_a_cast() -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    result = compress.run(Cast(), "int4", example_inputs=(x,), calibration=[x])
+    assert {e.dtype for e in result.graph.encodings.values()} == {torch.float32}
+    assert set(result.graph.encodings) == {"first.weight", "last.weight"}
+    assert result.graph.run([x])[0].isfinite().all()
