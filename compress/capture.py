@@ -1,6 +1,7 @@
 """From an `nn.Module` (or a file that holds one) to a `Graph`, by `torch.export`.
 
-Nothing is decomposed: linear, convolution, embedding and attention stay single operators. Axis 0
+Nothing is decomposed: linear, convolution, embedding and attention stay single operators. Writes
+through views (``x[:, 0] = 0``) become operators that return the new value. Axis 0
 of every input is dynamic under the name "batch" unless an input spec says otherwise, and the
 captured graph is run against the module before it is handed out.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from compress.aliasing import keep_inputs, writes_behind_names
 from compress.errors import CaptureError, InputSpecError, ModelFileError
 from compress.graph import Graph
 from compress.inputs import InputSpec, parse_input_spec
@@ -178,6 +180,8 @@ def _call(
     """Flat outputs of the module itself: what the graph must reproduce, and a check of the inputs."""
     try:
         with torch.no_grad():
+            # copies, for a model that writes into its inputs
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
             return pytree.tree_leaves(module(*args, **kwargs))
     except Exception as error:
         raise InputSpecError(
@@ -252,11 +256,17 @@ def _from_program(
 def _graph_from(
     program: torch.export.ExportedProgram, names: dict[str, str], specs: list[InputSpec], meta: dict[str, Any]
 ) -> Graph:
+    if writes_behind_names(program.graph):
+        # an operator whose result nobody reads would be lost to whoever looks at values alone
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = program.run_decompositions({})
     checked = "check_guards" in inspect.signature(program.module).parameters
     unlifted = program.module(check_guards=False) if checked else program.module()
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(unlifted.graph, mapping))
+    keep_inputs(graph)
     tensors: dict[str, Tensor] = {}
     submodules: dict[str, torch.nn.Module] = {}
     placeholders: list[fx.Node] = []
