@@ -203,7 +203,7 @@ def _collect(
 
     for batch in range(lane.batches):
         other = original.value(twin, batch) if original is not None and twin is not None else None
-        for part in _chunks(lane.value(source, batch), other):
+        for part in _chunks(lane.value(source, batch), other, geometry):
             x_tilde = _rows(part[0], geometry)
             rows += x_tilde.shape[1]
             add("diag", x_tilde.square().sum(1))
@@ -273,13 +273,19 @@ def _rows(x: Tensor, geometry: _Geometry | None) -> Tensor:
     return x.permute(1, 0, 3, 2, 4).reshape(geometry.groups, batch * places, -1)
 
 
-_CHUNK = 1 << 22
-"""Input elements turned into rows at a time; a 3x3 convolution makes nine times as many of them."""
+_CHUNK = 1 << 24
+"""Elements of rows made at a time; a convolution makes as many of each input element as its kernel has."""
 
 
-def _chunks(x_tilde: Tensor, x: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
-    count = max(1, math.ceil(x_tilde.numel() / _CHUNK))
-    if x_tilde.ndim < 2 or count == 1:
+def _chunks(
+    x_tilde: Tensor, x: Tensor | None, geometry: _Geometry | None
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    elements, least = x_tilde.numel(), 2
+    if geometry is not None:
+        elements = elements * math.prod(geometry.kernel) // math.prod(geometry.stride)
+        least = len(geometry.kernel) + 2  # with one axis less, the first is the channels
+    count = max(1, math.ceil(elements / _CHUNK))
+    if x_tilde.ndim < least or count == 1:
         return [(x_tilde, x)]
     parts = x_tilde.chunk(count)
     return zip(parts, x.chunk(count) if x is not None else [None] * len(parts), strict=True)
@@ -432,6 +438,9 @@ class _ValueStore:
         self.max_bytes = max_bytes
         self.folder = folder
         self.memory: dict[tuple[str, str, int], Any] = {}
+        # what can be spilled, by lane and node: all batches of a node are needed at the same time, and
+        # looking at each of them for every value that comes in would be quadratic in their number
+        self.nodes: dict[tuple[str, str], dict[tuple[str, str, int], None]] = {}
         self.sizes: dict[tuple[str, str, int], int] = {}
         self.uses: dict[tuple[str, str, int], list[int]] = {}
         self.spilled: dict[tuple[str, str, int], Path] = {}
@@ -449,8 +458,11 @@ class _ValueStore:
         )
         self.memory[key], self.sizes[key], self.uses[key] = value, size, uses
         self.held += size
-        while self.held > self.max_bytes and any(self.sizes[k] for k in self.memory):
-            self._spill(max((k for k in self.memory if self.sizes[k]), key=lambda k: self._next(k, now)))
+        if size:
+            self.nodes.setdefault(key[:2], {})[key] = None
+        while self.held > self.max_bytes and self.nodes:
+            first = (next(iter(keys)) for keys in self.nodes.values())
+            self._spill(max(first, key=lambda k: self._next(k, now)))
 
     def get(self, key: tuple[str, str, int]) -> Any:
         if key in self.memory:
@@ -459,8 +471,7 @@ class _ValueStore:
 
     def drop(self, key: tuple[str, str, int]) -> None:
         if key in self.memory:
-            del self.memory[key]
-            self.held -= self.sizes[key]
+            self._release(key)
         elif key in self.spilled:
             self.spilled.pop(key).unlink()
         self.sizes.pop(key, None)
@@ -472,6 +483,14 @@ class _ValueStore:
     def _spill(self, key: tuple[str, str, int]) -> None:
         self.files += 1
         path = self.folder / f"{self.files}.pt"
-        torch.save(self.memory.pop(key), path)
-        self.held -= self.sizes[key]
+        torch.save(self.memory[key], path)
+        self._release(key)
         self.spilled[key] = path
+
+    def _release(self, key: tuple[str, str, int]) -> None:
+        del self.memory[key]
+        self.held -= self.sizes[key]
+        keys = self.nodes.get(key[:2], {})
+        keys.pop(key, None)
+        if not keys:
+            self.nodes.pop(key[:2], None)

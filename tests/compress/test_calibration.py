@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compress
-from compress.calibration import Statistics, _Geometry, _rows, output_error, sweep
+from compress.calibration import (
+    _CHUNK,
+    Statistics,
+    _chunks,
+    _Geometry,
+    _rows,
+    _ValueStore,
+    output_error,
+    sweep,
+)
 from compress.errors import CalibrationError
 from compress.graph import Site
 from compress.testing import MODELS, assert_close, make
@@ -133,6 +143,35 @@ def test_rows_times_weight_is_the_convolution(
     out = rows @ weight.flatten(1).view(groups, 8 // groups, -1).mT  # [groups, rows, O/groups]
     have = out.permute(1, 0, 2).reshape(2, -1, 8).mT.reshape(want.shape)
     assert_close(want, have, db=100)
+
+
+def test_rows_are_made_in_pieces_of_bounded_size() -> None:
+    """Also those of a large kernel, which are many times the input."""
+    geometry = _Geometry((9, 9), (1, 1), ((4, 4), (4, 4)), (1, 1), 1)
+    x = torch.empty(12, 16, 64, 64, device="meta")
+    parts = [part for part, _ in _chunks(x, None, geometry)]
+    assert sum(len(part) for part in parts) == 12
+    assert max(part.numel() * 81 for part in parts) <= _CHUNK or max(map(len, parts)) == 1
+    unbatched = torch.empty(4096, 64, 64, device="meta")
+    assert len(list(_chunks(unbatched, None, geometry))) == 1
+
+
+def test_spilling_does_not_look_at_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    original = _ValueStore._next
+    monkeypatch.setattr(_ValueStore, "_next", lambda self, *args: looks.append(1) or original(self, *args))
+    store = _ValueStore(5 * 400, tmp_path)
+    values = [torch.full((100,), float(batch)) for batch in range(50)]
+    for node, uses in (("near", [3]), ("far", [9])):
+        for batch, value in enumerate(values):
+            store.put(("lane", node, batch), value, uses, 0)
+    assert len(looks) <= 2 * 100
+    assert store.held <= 5 * 400
+    for node in ("near", "far"):
+        for batch, value in enumerate(values):
+            assert torch.equal(store.get(("lane", node, batch)), value)
+            store.drop(("lane", node, batch))
+    assert store.held == 0 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("padding", ["same", "valid", 1])
