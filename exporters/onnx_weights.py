@@ -16,7 +16,8 @@ convolution  integers -> Cast -> Mul (-> Reshape)                        float w
 A convolution's weight is deliberately *not* written as DequantizeLinear: ONNX Runtime keeps that
 operator and would decode the weight on every call (1.3x slower than float, measured), while Cast and
 Mul of constants are folded when the file is loaded: the file is small, the speed is that of float.
-Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits is slower than float.
+Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits is slower than float. So do
+all weights of models in another precision than float32, with one more Cast.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from compress.encoding import EncodedWeight, pack
 FOLD_BELOW = 1 << 16
 """Weights of a linear layer under which float is faster than MatMulNBits, also at batch 1: measured
 0.83x at 64x10, 0.9x at 128x128, 1.0x at 256x256, 1.1x at 384x384, 1.4x at 768x768 (4 bits, one thread)."""
+
+_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.float64: ir.DataType.DOUBLE}
 
 _LEVEL = 4
 """accuracy_level of MatMulNBits: int8 activations; lower levels of 2 and 8 bits have no fast kernel."""
@@ -64,7 +67,9 @@ def lower_weights(
             continue  # nothing reads it
         uses = _uses(value)
         kinds = {kind for kind, _, _ in uses}
-        if len(uses) > 1 and kinds <= {"linear", "embedding"}:
+        if encoded.dtype != torch.float32:
+            form = builder.constant(name, encoded, value)  # the others give float32
+        elif len(uses) > 1 and kinds <= {"linear", "embedding"}:
             form = builder.shared(name, encoded, uses)
         elif kinds == {"linear"} and math.prod(encoded.shape) >= fold_below:
             form = builder.linear(name, encoded, uses[0])
@@ -237,6 +242,10 @@ class _Builder:
             result = self.node(first, "Slice", [result, *bounds], f"{name}/slice")
         shape = self.initializer(f"{name}.shape", np.array(encoded.shape, dtype=np.int64))
         result = self.node(first, "Reshape", [result, shape], f"{name}/decode")
+        if encoded.dtype != torch.float32:
+            result = self.node(
+                first, "Cast", [result], f"{name}/cast_weight", to=_DTYPES[encoded.dtype].value
+            )
         value.replace_all_uses_with(result)
         return Lowered(name, f"INT{encoding.bits} -> Cast -> Mul", "decoded at load", (f"{name}/decode",))
 

@@ -58,6 +58,7 @@ class OnnxExporter:
         reasons = []
         for dtype in (torch.bfloat16, torch.complex64, torch.complex128):
             names = [n for n, t in graph.tensors.items() if t.dtype == dtype]
+            names += [n for n, e in graph.encodings.items() if e.dtype == dtype]
             if names:
                 reasons.append(
                     f"{len(names)} weights are {str(dtype).removeprefix('torch.')} (e.g. {names[0]}), for "

@@ -124,6 +124,25 @@ class TwoTexts(nn.Module):
         return nn.functional.linear(mixed, self.table.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions(dtype: torch.dtype, tmp_path: Path, fuse_all: None) -> None:
+    module = make("tied_lm").to(dtype)
+    inputs = MODELS["tied_lm"].inputs(3)
+    result = compress.run(module, [QuantizeWeights(bits=4)], example_inputs=inputs, calibration=[inputs])
+    artifact = compress.export(result.graph, tmp_path / "model.onnx", samples=result.samples)
+    have = Session(artifact.path)(*inputs)[0]
+    assert have.dtype == dtype
+    assert_close(result.graph.run(inputs)[0], have, db=50)
+
+
+def test_encoded_bfloat16_is_refused_with_a_reason(tmp_path: Path) -> None:
+    module = nn.Linear(64, 64, bias=False).bfloat16()
+    x = torch.randn(2, 64).bfloat16()
+    result = compress.run(module, [QuantizeWeights(bits=4)], example_inputs=(x,))
+    with pytest.raises(ExportError, match="bfloat16"):
+        compress.export(result.graph, tmp_path / "model.onnx")
+
+
 def test_a_table_with_two_lookups(tmp_path: Path) -> None:
     inputs = tuple(torch.randint(0, 64, (2, n), generator=torch.Generator().manual_seed(n)) for n in (5, 7))
     result = compress.run(TwoTexts(), [QuantizeWeights(bits=4)], example_inputs=inputs)
