@@ -399,7 +399,11 @@ class ImageTable:
 
         channels, height, width = self._spec.shape[1:]
         try:
-            with self._open(path) as image:
+            with self._open(path) as file:
+                image: Image.Image = file
+                if image.mode.startswith("I"):
+                    # 16 bits of grey: convert() would cut at 255, and nearly everything be white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 plain = image.convert("RGB" if channels == 3 else "L")
             sized = ImageOps.fit(plain, (width, height), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -512,6 +512,16 @@ def test_images_keep_their_proportions(tmp_path: Path) -> None:
     assert float(batch.inputs[0].min()) == 1.0
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_are_scaled(tmp_path: Path, channels: int) -> None:
+    image = pytest.importorskip("PIL.Image")
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    image.fromarray(grey).save(tmp_path / "a.png")
+    data = load_calibration(tmp_path, inputs=specs(f"1,{channels},8,8"))
+    got = next(iter(data)).inputs[0][0, 0].numpy()
+    assert np.abs(got - grey / 65535).max() < 1 / 255
+
+
 def test_images_are_decoded_when_asked_for(images: Path) -> None:
     data = load_calibration(images, inputs=specs("x:float32[1,3,8,8]"), batch_size=1)
     (images / "c.JPG").write_bytes(b"broken")
