@@ -8,19 +8,29 @@ import torch
 from torch import Tensor
 
 
-def sqnr_db(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantization noise ratio in dB: ``10 log10(sum r^2 / sum (r - v)^2)``.
-
-    Infinite for equal tensors; NaN anywhere gives ``-inf``, so that it can never pass for good.
-    """
+def _compared(reference: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in double precision; where both hold the same infinity (a mask), it counts as a plain 0."""
     r, v = reference.double(), value.double()
-    noise = float((r - v).square().sum())
-    signal = float(r.square().sum())
-    if math.isnan(noise) or math.isnan(signal):
+    same = torch.isinf(r) & (r == v)
+    return r.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not (math.isfinite(noise) and math.isfinite(signal)):
         return -math.inf
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal to quantization noise ratio in dB: ``10 log10(sum r^2 / sum (r - v)^2)``.
+
+    Infinite for equal tensors; NaN anywhere, or an infinity in only one of them, gives ``-inf``, so that it
+    can never pass for good.
+    """
+    r, v = _compared(reference, value)
+    return _decibels(float(r.square().sum()), float((r - v).square().sum()))
 
 
 def cosine(reference: Tensor, value: Tensor) -> float:
@@ -28,7 +38,7 @@ def cosine(reference: Tensor, value: Tensor) -> float:
 
     A mean over rows, not one cosine of the flattened tensors: that would hide a bad row.
     """
-    r, v = reference.double(), value.double()
+    r, v = _compared(reference, value)
     if r.ndim == 0:
         r, v = r.reshape(1, 1), v.reshape(1, 1)
     r, v = r.reshape(-1, r.shape[-1]), v.reshape(-1, v.shape[-1])
@@ -39,7 +49,8 @@ def cosine(reference: Tensor, value: Tensor) -> float:
 
 def max_abs(reference: Tensor, value: Tensor) -> float:
     """Largest absolute difference, in the tensors' own unit."""
-    return float((reference.double() - value.double()).abs().max()) if reference.numel() else 0.0
+    r, v = _compared(reference, value)
+    return float((r - v).abs().max()) if r.numel() else 0.0
 
 
 def top1_agreement(reference: Tensor, value: Tensor) -> float:
@@ -49,7 +60,7 @@ def top1_agreement(reference: Tensor, value: Tensor) -> float:
 
 def relative_error(reference: Tensor, value: Tensor) -> float:
     """``||r - v|| / ||r||``, a fraction; 0 for equal tensors."""
-    r, v = reference.double(), value.double()
+    r, v = _compared(reference, value)
     norm = float(r.norm())
     return float((r - v).norm()) / norm if norm > 0 else float((r - v).norm())
 
@@ -94,21 +105,18 @@ class Agreement:
         rows = zip(
             reference.reshape(-1, width).split(at_once), value.reshape(-1, width).split(at_once), strict=True
         )
-        for r, v in ((r.double(), v.double()) for r, v in rows):
+        for before, after in rows:
+            self.tops += top1_agreement(before, after) * len(before)
+            r, v = _compared(before, after)
             self.noise += float((r - v).square().sum())
             self.signal += float(r.square().sum())
             self.largest = max(self.largest, max_abs(r, v))
             self.cosines += cosine(r, v) * len(r)
-            self.tops += top1_agreement(r, v) * len(r)
             self.rows += len(r)
 
     @property
     def sqnr_db(self) -> float:
-        if math.isnan(self.noise) or math.isnan(self.signal):
-            return -math.inf
-        if self.noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        return _decibels(self.signal, self.noise)
 
     @property
     def cosine(self) -> float:

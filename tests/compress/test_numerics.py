@@ -35,6 +35,19 @@ def test_magnitude_is_a_power_of_two_and_dividing_by_it_is_exact() -> None:
     assert float((rows / size).abs().max()) <= 2
 
 
+def test_infinities_agree_where_both_have_them() -> None:
+    """Masked logits: -inf is the right answer, and any other one is wrong."""
+    r, v = torch.tensor([[3.0, 4.0, -math.inf]]), torch.tensor([[3.0, 5.0, -math.inf]])
+    total = Agreement()
+    total.update(r, v)
+    assert sqnr_db(r, v) == total.sqnr_db == pytest.approx(10 * math.log10(25 / 1))
+    assert sqnr_db(r, r) == math.inf
+    assert max_abs(r, v) == total.largest == 1.0
+    assert cosine(r, v) == total.cosine == pytest.approx(cosine(r[:, :2], v[:, :2]))
+    for wrong in (-r, r.nan_to_num(), r * 0):
+        assert sqnr_db(r, wrong) == sqnr_db(wrong, r) == -math.inf
+
+
 def test_batches_add_up() -> None:
     r, v = torch.randn(12, 7), torch.randn(12, 7)
     total = Agreement()
