@@ -29,7 +29,8 @@ def writes_behind_names(graph: fx.Graph) -> bool:
 def keep_inputs(graph: fx.Graph) -> None:
     """Make a graph that writes into its inputs write into copies of them."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for written in {sharing[0] for _, sharing in _writes(graph)}.intersection(placeholders):
+    targets = {sharing[0] for _, sharing in _writes(graph)}
+    for written in [node for node in placeholders if node in targets]:
         with graph.inserting_after(placeholders[-1]):
             copy = graph.call_function(torch.ops.aten.clone.default, (written,))
         copy.meta = dict(written.meta)
