@@ -10,7 +10,9 @@ from torch import Tensor
 
 def _compared(reference: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Both in double precision; where both hold the same infinity (a mask), it counts as a plain 0."""
-    r, v = reference.double(), value.double()
+    if reference.is_complex() and value.is_complex():
+        reference, value = torch.view_as_real(reference), torch.view_as_real(value)
+    r, v = reference.detach().double(), value.detach().double()
     same = torch.isinf(r) & (r == v)
     return r.masked_fill(same, 0.0), v.masked_fill(same, 0.0)
 

@@ -59,3 +59,23 @@ def test_batches_add_up() -> None:
     assert total.largest == pytest.approx(max_abs(r, v))
     with pytest.raises(ValueError, match="differ"):
         total.update(r, v[:3])
+
+
+def test_masked_logits_agree() -> None:
+    r = torch.tensor([[1.0, -math.inf, 2.0]])
+    v = torch.tensor([[1.0, -math.inf, 2.5]])
+    assert sqnr_db(r, r) == math.inf
+    assert sqnr_db(r, v) == pytest.approx(10 * math.log10(5 / 0.25))
+    assert max_abs(r, v) == 0.5
+    assert sqnr_db(r, -r) == -math.inf
+    assert sqnr_db(r, torch.zeros(1, 3)) == -math.inf
+    total = Agreement()
+    total.update(r, v)
+    assert total.sqnr_db == pytest.approx(sqnr_db(r, v))
+    assert total.cosine == pytest.approx(cosine(r, v)) and total.cosine > 0.9
+
+
+def test_both_parts_of_complex_numbers_count() -> None:
+    x = torch.complex(torch.randn(4, 5), torch.randn(4, 5))
+    assert sqnr_db(x, x) == math.inf
+    assert sqnr_db(x, x.conj().resolve_conj()) < 10
