@@ -26,12 +26,12 @@ def writes_behind_names(graph: fx.Graph) -> bool:
     )
 
 
-def keep_inputs(graph: fx.Graph) -> None:
-    """Make a graph that writes into its inputs write into copies of them."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+def keep_state(graph: fx.Graph) -> None:
+    """Make a graph that writes into its inputs or buffers write into copies: every run starts from the same."""
     targets = {sharing[0] for _, sharing in _writes(graph)}
-    for written in [node for node in placeholders if node in targets]:
-        with graph.inserting_after(placeholders[-1]):
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    for written in [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and n in targets]:
+        with graph.inserting_after(written if written.op == "get_attr" else last_input[0]):
             copy = graph.call_function(torch.ops.aten.clone.default, (written,))
         copy.meta = dict(written.meta)
         for reader in [user for user in written.users if user is not copy]:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from compress.encoding import EncodedWeight
 from compress.errors import CalibrationError
-from compress.graph import Graph, Site, argument
+from compress.graph import Graph, Site, argument, has_effect
 from compress.numerics import magnitude
 from compress.progress import Progress, Silent
 
@@ -312,7 +312,8 @@ class _Lane:
         self.name = name
         self.graph = graph
         self.store = store
-        self.twin = twin
+        # a value changed in place must not be the other lane's
+        self.twin = None if any(has_effect(n) for n in graph.ops.nodes) else twin
         self.batches = 0
         self.nodes = list(graph.ops.nodes)
         self.by_name = {n.name: n for n in self.nodes}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from compress.aliasing import keep_inputs, writes_behind_names
+from compress.aliasing import keep_state, writes_behind_names
 from compress.errors import CaptureError, InputSpecError, ModelFileError
 from compress.graph import Graph
 from compress.inputs import InputSpec, parse_input_spec
 from compress.loading import LoadedModel, load_model, torchscript_to_module
 from compress.numerics import sqnr_db
+from compress.progress import quiet
 
 Source = torch.nn.Module | torch.export.ExportedProgram | Graph | str | Path
 
@@ -84,15 +84,21 @@ def capture(
             # a program's own example inputs keep its signature; which axes vary is in its ranges
             return _from_program(module, module.example_inputs, meta)
         module = module.module()  # always in the mode it was exported in
+        modes: dict[torch.nn.Module, bool] = {}
     else:
+        modes = {part: part.training for part in module.modules()}
         module.eval()
-    args, kwargs, specs = _examples(example_inputs, specs)
-    if isinstance(module, torch.jit.ScriptModule):
-        module = torchscript_to_module(module, args)
-    args, kwargs = _widen((args, kwargs), specs)
-    expected = _call(module, args, kwargs, specs)
-    program = _export(module, args, kwargs, specs)
-    graph = _graph_from(program, _names(module), specs, meta)
+    try:
+        args, kwargs, specs = _examples(example_inputs, specs)
+        if isinstance(module, torch.jit.ScriptModule):
+            module = torchscript_to_module(module, args)
+        args, kwargs = _widen((args, kwargs), specs)
+        expected = _call(module, args, kwargs, specs)
+        program = _export(module, args, kwargs, specs)
+        graph = _graph_from(program, _names(module), specs, meta)
+    finally:
+        for part, training in modes.items():  # whoever goes on training finds the module as it was
+            part.training = training
     _prove(graph, expected, args, kwargs)
     return graph
 
@@ -167,8 +173,7 @@ def _export(
     dynamic_shapes: Any = shapes[1] if kwargs and not args else shapes[0]
     try:
         # under no_grad, so that a no_grad block inside the model is not captured as a sub-graph
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise _explain(error, specs) from error
@@ -178,11 +183,15 @@ def _call(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], specs: list[InputSpec]
 ) -> list[Any]:
     """Flat outputs of the module itself: what the graph must reproduce, and a check of the inputs."""
+    # copies, and the state put back: a model may write to its inputs and buffers
+    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+    state = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.no_grad():
-            # copies, for a model that writes into its inputs
-            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-            return pytree.tree_leaves(module(*args, **kwargs))
+            expected = pytree.tree_leaves(module(*args, **kwargs))
+            for buffer, before in state:
+                buffer.copy_(before)
+            return expected
     except Exception as error:
         raise InputSpecError(
             f"the model fails on the example inputs{_users_line(error)}: {_first_line(error)}",
@@ -212,6 +221,11 @@ def _explain(error: Exception, specs: list[InputSpec]) -> CaptureError:
     lowered = text.lower()
     if "data-dependent" in lowered or "guard on data" in lowered or "unbacked" in lowered:
         fix = "the branch depends on tensor values: use torch.where or torch.cond instead of Python if/for"
+    elif "register a pytree" in lowered:
+        fix = (
+            "return tensors in a tuple, list or dict, or tell torch about the class: "
+            "torch.export.register_dataclass(YourClass)"
+        )
     elif "constraints violated" in lowered or "speciali" in lowered:
         fix = (
             "the model fixes a dimension that was asked to be dynamic; fix it in the input spec with '!', "
@@ -258,15 +272,14 @@ def _graph_from(
 ) -> Graph:
     if writes_behind_names(program.graph):
         # an operator whose result nobody reads would be lost to whoever looks at values alone
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             program = program.run_decompositions({})
     checked = "check_guards" in inspect.signature(program.module).parameters
     unlifted = program.module(check_guards=False) if checked else program.module()
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(unlifted.graph, mapping))
-    keep_inputs(graph)
+    keep_state(graph)
     tensors: dict[str, Tensor] = {}
     submodules: dict[str, torch.nn.Module] = {}
     placeholders: list[fx.Node] = []
@@ -378,6 +391,12 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 def _prove(graph: Graph, expected: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     got = graph.run(_ordered(graph, args, kwargs))
     for name, want, have in zip(graph.output_names, expected, got, strict=True):
+        if isinstance(want, Tensor) and bool(want.isnan().any()):
+            raise CaptureError(
+                f"the model's {name} holds NaN on the example inputs",
+                expected="finite values, or nothing could be compared later",
+                fix="give real data with example_inputs or --calibration",
+            )
         if isinstance(want, Tensor) and sqnr_db(want, have) < 60:
             raise CaptureError(
                 f"the captured graph computes another {name} than the module ({sqnr_db(want, have):.0f} dB)",

@@ -211,7 +211,7 @@ class Graph:
     def prune_dead_code(self) -> list[str]:
         """Remove nodes nobody reads and tensors no node reads; returns the names of those tensors."""
         for node in reversed(list(self.ops.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users and not _has_effect(node):
+            if node.op in ("call_function", "get_attr") and not node.users and not has_effect(node):
                 self.ops.erase_node(node)
         used = {str(n.target) for n in self.ops.nodes if n.op == "get_attr"}
         dead = [name for name in self.tensors if name not in used]
@@ -275,6 +275,11 @@ class Graph:
                 del values[dead]
         raise AssertionError("a graph ends in an output node")
 
+    def named(self, outputs: Sequence[Any]) -> list[Tensor]:
+        """Of the flat outputs those with a name, as tensors: what a written file returns."""
+        pairs = zip(self.output_names, outputs, strict=True)
+        return [torch.as_tensor(value) for name, value in pairs if name is not None]
+
     def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """Compute one node from the values of its arguments."""
         if node.op == "get_attr":
@@ -333,6 +338,7 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return result
 
 
-def _has_effect(node: fx.Node) -> bool:
+def has_effect(node: fx.Node) -> bool:
+    """Whether an operator changes one of its arguments, so that it matters even if nobody reads it."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Protocol
 
 
@@ -29,3 +34,17 @@ class Silent:
 
     def finish(self) -> None:
         pass
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from talking over our one message; what they raise still comes through."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        # torch.export prints the graph so far when a branch depends on data
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.aliasing import keep_inputs, writes_behind_names
+from compress.aliasing import keep_state, writes_behind_names
 from compress.calibration import Statistics, sweep
 from compress.graph import Site
 from compress.testing import assert_close
@@ -103,5 +103,5 @@ def test_graphs_without_writes_stay_as_they_are() -> None:
     with torch.no_grad():
         program = torch.export.export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), strict=False)
     before = str(program.graph)
-    keep_inputs(program.graph)
+    keep_state(program.graph)
     assert str(program.graph) == before

@@ -264,3 +264,12 @@ def test_a_weight_behind_a_cast() -> None:
     assert {e.dtype for e in result.graph.encodings.values()} == {torch.float32}
     assert set(result.graph.encodings) == {"first.weight", "last.weight"}
     assert result.graph.run([x])[0].isfinite().all()
+
+
+def test_batches_a_model_writes_to_are_kept() -> None:
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    batch = torch.randn(8, 4)
+    before = batch.clone()
+    graph = compress.capture(module, (batch,))
+    collect(graph, [(batch,)])
+    assert torch.equal(batch, before)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,3 +120,73 @@ def test_torchscript() -> None:
     x = torch.randn(7, 4)
     graph = compress.capture(scripted, (x[:2],))
     assert_close(module(x).detach(), graph.run([x])[0], db=100)
+
+
+class Writes(nn.Module):
+    """Changes its input and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x += 1
+        x[:, 0] *= 2
+        out: Tensor = self.fc(x) * self.calls
+        return out
+
+
+def test_what_a_model_writes_to_stays_as_it_was() -> None:
+    module, x = Writes(), torch.randn(4, 3)
+    before = x.clone()
+    graph = compress.capture(module, (x,))
+    want = copy.deepcopy(module)(x.clone()).detach()
+    for _ in range(2):
+        assert_close(want, graph.run([x])[0], db=100)
+    assert torch.equal(x, before)
+
+
+def test_the_mode_of_the_module_is_put_back() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 3))
+    module[2].eval()
+    compress.capture(module, (torch.randn(2, 3),))
+    assert [m.training for m in module.modules()] == [True, True, True, False]
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+
+
+class Returns(nn.Module):
+    def __init__(self, make: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.make = make
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> object:
+        return self.make(self.fc(x))
+
+
+def test_unknown_output_class() -> None:
+    with pytest.raises(CaptureError, match="register_dataclass"):
+        compress.capture(Returns(Output), (torch.randn(2, 3),))
+
+
+def test_nan_in_the_output_is_said() -> None:
+    with pytest.raises(CaptureError, match="output holds NaN"):
+        compress.capture(Returns(lambda y: y / (y * 0) * 0), (torch.randn(2, 3),))
+
+
+def test_masked_logits_can_be_captured() -> None:
+    graph = compress.capture(Returns(lambda y: y.masked_fill(y > 0, -torch.inf)), (torch.randn(2, 3),))
+    assert graph.output_names == ("output",)
+
+
+def test_a_failed_capture_is_one_message(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match=r"torch\.where"):
+        compress.capture(Returns(lambda y: y if y.sum() > 0 else -y), (torch.randn(2, 3),))
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
