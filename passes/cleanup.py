@@ -5,17 +5,22 @@
    ``W' = a W`` and ``b' = a (b - mean) + beta``.
 2. ``x @ W`` and ``addmm(b, x, W)`` with a stored 2-D weight become ``linear(x, W^T, b)``, so that GPT-2
    style layers are linear sites like any other; ``matmul(x, W^T)`` becomes ``linear(x, W)``.
-3. Operators that do nothing in inference (dropout, detach, alias) and values nobody reads are dropped.
+3. What is computed from weights alone is computed once, here, unless that takes more room: so weight and
+   spectral norms, and slices of a packed projection, are weights like any other.
+4. Operators that do nothing in inference (dropout, detach, alias) and values nobody reads are dropped.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from compress.graph import Graph, argument
+from compress.graph import Graph, argument, has_effect
 from compress.pipeline import Context, Note, Pass, PassResult
 
 _aten = torch.ops.aten
@@ -48,7 +53,8 @@ class Cleanup(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph = graph.copy()
         kept = {s.node for s in graph.sites()} - {s.node for s in self.select(graph)}
-        counts = {"folded": 0, "normalised": 0, "dropped": 0}
+        counts = {"computed": _fold_constants(graph), "folded": 0, "normalised": 0, "dropped": 0}
+        graph.prune_dead_code()
         for node in list(graph.ops.nodes):
             if node.op != "call_function":
                 continue
@@ -62,6 +68,7 @@ class Cleanup(Pass):
                 counts["normalised"] += _as_linear(graph, node)
         dead = graph.prune_dead_code()
         words = {
+            "computed": "values computed from weights alone stored",
             "folded": "batch normalisations folded",
             "normalised": "matrix products made linear layers",
             "dropped": "no-ops dropped",
@@ -82,6 +89,67 @@ def _plain(graph: Graph, value: Any) -> str | None:
     if isinstance(value, fx.Node) and value.op == "get_attr" and value.target in graph.tensors:
         return str(value.target)
     return None
+
+
+def _fold_constants(graph: Graph) -> int:
+    """Store what is computed from weights alone, wherever that takes no more room than the weights did."""
+    root: dict[fx.Node, fx.Node] = {}  # union-find: what shares a weight is folded together or not at all
+
+    def find(node: fx.Node) -> fx.Node:
+        while root[node] is not node:
+            node = root[node]
+        return node
+
+    for node in graph.ops.nodes:
+        inputs = node.all_input_nodes
+        if _plain(graph, node) or (inputs and _is_pure(node) and all(i in root for i in inputs)):
+            root[node] = node
+            for source in inputs:
+                root[find(source)] = node
+    groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in root:
+        groups[find(node)].append(node)
+    return sum(_fold_group(graph, group) for group in groups.values() if len(group) > 1)
+
+
+def _fold_group(graph: Graph, group: list[fx.Node]) -> int:
+    inside = set(group)
+    if any(has_effect(user) for node in group for user in node.users):
+        return 0  # a buffer that is written to is no constant
+    values: dict[fx.Node, Any] = {}
+    for node in group:
+        values[node] = graph.evaluate(node, values)
+    weights = [n for n in group if n.op == "get_attr"]
+    freed = [n for n in weights if inside.issuperset(n.users)]
+    results = [n for n in group if n.op != "get_attr" and not inside.issuperset(n.users)]
+    if not all(isinstance(values[n], Tensor) for n in results):
+        return 0
+    if sum(values[n].nbytes for n in results) > sum(values[n].nbytes for n in freed):
+        return 0
+    for node in freed:
+        del graph.tensors[str(node.target)]  # its name is free for what takes its place
+    largest = max(weights, key=lambda n: values[n].nbytes)
+    for node in results:
+        name = _free_name(graph, str(largest.target))
+        graph.tensors[name] = values[node].contiguous()
+        with graph.ops.inserting_before(node):
+            node.replace_all_uses_with(graph.ops.get_attr(name))
+    return len(results)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is torch.ops.compress.dequantize.default:
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and not has_effect(node)
+
+
+def _free_name(graph: Graph, name: str) -> str:
+    """``fc.parametrizations.weight.original1`` and ``fc.weight_v`` stand for ``fc.weight``."""
+    plain = re.sub(r"(?:parametrizations\.)?(\w+?)(?:\.original\d*|_v|_g|_orig)$", r"\1", name)
+    # "_", for what stands below a tensor's name cannot be an attribute of a module
+    names = itertools.chain([plain], (f"{plain}_{i}" for i in itertools.count(1)))
+    return next(n for n in names if n not in graph.tensors)
 
 
 def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
@@ -112,7 +180,7 @@ def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
     name = bias_name or f"{weight_name.removesuffix('.weight')}.bias"
     taken = len(_reads(graph, bias_name)) > 1 if bias_name else name in graph.tensors
     if taken:
-        name = f"{name}.folded"
+        name = _free_name(graph, name)
     graph.tensors[name] = new_bias
     with graph.ops.inserting_before(layer):
         bias_node = graph.ops.get_attr(name)
@@ -159,19 +227,35 @@ def _as_linear(graph: Graph, node: fx.Node) -> bool:
     if name is not None and graph.tensors[name].ndim == 2 and len(w.users) == 1 and _plain(graph, x) is None:
         graph.tensors[name] = graph.tensors[name].t().contiguous()
         weight = w
-    elif w.target in (_aten.t.default, _aten.transpose.int, _aten.numpy_T.default) and _plain(
-        graph, w.args[0]
-    ):
-        source = w.args[0]
-        assert isinstance(source, fx.Node)
-        if graph.tensors[str(source.target)].ndim != 2:
-            return False
-        weight = source
     else:
-        return False
+        stored = _transposed(graph, w)
+        if stored is None:
+            return False
+        weight = stored
     with graph.ops.inserting_before(node):
         linear = graph.ops.call_function(_aten.linear.default, (x, weight, bias))
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
     graph.ops.erase_node(node)
     return True
+
+
+def _transposed(graph: Graph, value: fx.Node) -> fx.Node | None:
+    """The stored matrix that `value` is the transpose of; None if it is anything else."""
+    source = value.args[0] if value.args else None
+    name = _plain(graph, source)
+    if name is None or graph.tensors[name].ndim != 2:
+        return None
+    axes: tuple[Any, ...] = value.args[1:]
+    order: tuple[int, ...] = (0, 1)
+    if value.target in (_aten.t.default, _aten.numpy_T.default, _aten.mT.default):
+        order = (1, 0)
+    elif value.target is _aten.permute.default:
+        order = tuple(axis % 2 for axis in axes[0])
+    elif value.target is _aten.transpose.int:
+        # transpose(0, 0) is the matrix itself
+        order = (1, 0) if (axes[0] - axes[1]) % 2 else (0, 1)
+    if order != (1, 0):
+        return None
+    assert isinstance(source, fx.Node)
+    return source

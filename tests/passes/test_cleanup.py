@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,3 +84,114 @@ def test_norm_over_the_middle_axis_is_not_folded_into_a_linear_layer() -> None:
     x = torch.randn(3, 6, 5)
     _, cleaned = clean(module, x)
     assert_close(module(x).detach(), cleaned.run([x])[0], db=90)
+
+
+class Product(nn.Module):
+    """A stored square matrix, made an operand by some function, so that a wrong transpose keeps the shape."""
+
+    def __init__(self, operand: Callable[[Tensor], Tensor], shared: bool) -> None:
+        super().__init__()
+        self.operand = operand
+        self.shared = shared
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.operand(self.w)
+        return y + x @ self.w if self.shared else y
+
+
+OPERANDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": lambda w: w.t(),
+    "T": lambda w: w.T,
+    "mT": lambda w: w.mT,
+    "transpose": lambda w: w.transpose(-1, 0),
+    "permute": lambda w: w.permute(1, -2),
+    "transpose nothing": lambda w: w.transpose(1, 1),
+    "transpose nothing, negative": lambda w: w.transpose(-1, 1),
+    "permute nothing": lambda w: w.permute(0, 1),
+    "scaled": lambda w: w * 2,
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_every_way_to_turn_a_weight(operand: str, shared: bool) -> None:
+    x = torch.randn(3, 6)
+    module = Product(OPERANDS[operand], shared)
+    _, cleaned = clean(module, x)
+    assert_close(module(x).detach(), cleaned.run([x])[0], db=100)
+    turned = "nothing" not in operand and operand != "scaled"
+    assert bool(cleaned.sites()) == (not shared or turned)
+    assert sum(t.numel() for t in cleaned.tensors.values()) == 36
+
+
+class Sliced(nn.Module):
+    """A packed projection of which each consumer takes its rows, as in cross attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.packed.split([5, 3])
+        return torch.cat([nn.functional.linear(x, first), nn.functional.linear(x * 2, second)], -1)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), ["weight"]),
+        (torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), ["weight"]),
+        (torch.nn.utils.weight_norm(nn.Linear(4, 5)), ["weight"]),
+        (Sliced(), ["packed", "packed_1"]),
+    ],
+)
+def test_computed_weights_become_weights(module: nn.Module, names: list[str]) -> None:
+    x = torch.randn(3, 4)
+    _, cleaned = clean(module.eval(), x)
+    assert [s.weight for s in cleaned.sites()] == names
+    assert_close(module(x).detach(), cleaned.run([x])[0], db=100)
+    assert_close(module(x).detach(), cleaned.module()(x), db=100)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return x + (self.calls * 2)[0]
+
+
+def test_buffers_that_are_written_to_are_no_constants() -> None:
+    x = torch.randn(3, 2)
+    _, cleaned = clean(Counting(), x)
+    for _ in range(2):
+        assert_close(x + 2, cleaned.run([x])[0], db=100)
+
+
+class SharedBias(nn.Module):
+    """Several convolutions with one bias, each with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            conv.bias = self.convs[0].bias
+            nn.init.normal_(norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+
+def test_a_shared_bias_is_folded_into_each_layer() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    module = SharedBias().eval()
+    _, cleaned = clean(module, x)
+    assert "batch_norm" not in " ".join(operators(cleaned))
+    assert_close(module(x).detach(), cleaned.run([x])[0], db=90)
+    assert_close(module(x).detach(), cleaned.module()(x), db=90)
