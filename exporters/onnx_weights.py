@@ -16,8 +16,7 @@ convolution  integers -> Cast -> Mul (-> Reshape)                        float w
 A convolution's weight is deliberately *not* written as DequantizeLinear: ONNX Runtime keeps that
 operator and would decode the weight on every call (1.3x slower than float, measured), while Cast and
 Mul of constants are folded when the file is loaded: the file is small, the speed is that of float.
-Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits is slower than float. So do
-all weights of models in another precision than float32, with one more Cast.
+Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits is slower than float.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ FOLD_BELOW = 1 << 16
 """Weights of a linear layer under which float is faster than MatMulNBits, also at batch 1: measured
 0.83x at 64x10, 0.9x at 128x128, 1.0x at 256x256, 1.1x at 384x384, 1.4x at 768x768 (4 bits, one thread)."""
 
-_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.float64: ir.DataType.DOUBLE}
-
 _LEVEL = 4
 """accuracy_level of MatMulNBits: int8 activations; lower levels of 2 and 8 bits have no fast kernel."""
 
@@ -47,6 +44,12 @@ _FUSED_ACTIVATIONS = {
     "ThresholdedRelu",
 }  # fmt: skip
 """What ONNX Runtime's GemmActivationFusion takes."""
+
+_ONNX_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+}
 
 
 def lower_weights(
@@ -67,9 +70,7 @@ def lower_weights(
             continue  # nothing reads it
         uses = _uses(value)
         kinds = {kind for kind, _, _ in uses}
-        if encoded.dtype != torch.float32:
-            form = builder.constant(name, encoded, value)  # the others give float32
-        elif len(uses) > 1 and kinds <= {"linear", "embedding"}:
+        if len(uses) > 1 and kinds <= {"linear", "embedding"}:
             form = builder.shared(name, encoded, uses)
         elif kinds == {"linear"} and math.prod(encoded.shape) >= fold_below:
             form = builder.linear(name, encoded, uses[0])
@@ -141,17 +142,21 @@ class _Builder:
         _, node, _ = use
         decode = self.node(node, "DequantizeLinear", inputs, f"{name}/decode", **attributes)
         if node.op_type == "Gemm":
-            self.gemm_to_matmul(node, decode)
-        else:
+            self.gemm_to_matmul(node, decode, encoded.dtype)
+        elif encoded.dtype == torch.float32:
             node.replace_input_with(1, decode)
+        else:
+            operand = self.cast(node, _input(node, 0), encoded.dtype, torch.float32, f"{name}/to_float")
+            product = self.node(node, "MatMul", [operand, decode], f"{name}/matmul")
+            product = self.cast(node, product, torch.float32, encoded.dtype, f"{name}/from_float")
+            self.take_over(node, product)
         kind = ("INT" if encoding.symmetric else "UINT") + str(encoding.bits)
         return Lowered(name, f"DequantizeLinear({kind}) -> MatMul", "MatMulNBits", (f"{name}/decode",))
 
     def embedding(self, name: str, encoded: EncodedWeight, use: _Use) -> Lowered:
         block, scales, zeros = _blocks(encoded, embedding_only=True)
         inputs = [self.initializer(f"{name}.codes", encoded.codes.numpy())]
-        extra = self.block_inputs(name, scales, zeros)
-        self.gather(f"{name}/gather", use[1], inputs[0], extra, encoded, block)
+        self.gather(name, use[1], inputs[0], self.block_inputs(name, scales, zeros), encoded, block)
         return Lowered(name, "GatherBlockQuantized", "GatherBlockQuantized")
 
     def shared(self, name: str, encoded: EncodedWeight, uses: list[_Use]) -> Lowered:
@@ -169,16 +174,18 @@ class _Builder:
         extra = self.block_inputs(name, scales, zeros)
         for i, (kind, node, _) in enumerate(uses):
             if kind == "embedding":
-                self.gather(f"{name}/gather{i}", node, codes, extra, encoded, block)
+                self.gather(name, node, codes, extra, encoded, block)
                 continue
             operand = codes
             if gathered:
                 target = self.initializer(f"{name}.shape{i}", np.array(shape, dtype=np.int64))
                 operand = self.node(node, "Reshape", [codes, target], f"{name}/reshape{i}")
+            activation = _input(node, 0)
+            activation = self.cast(node, activation, encoded.dtype, torch.float32, f"{name}/to_float{i}")
             product = self.node(
                 node,
                 "MatMulNBits",
-                [_input(node, 0), operand, *extra],
+                [activation, operand, *extra],
                 f"{name}/matmul{i}",
                 "com.microsoft",
                 K=encoded.columns,
@@ -187,6 +194,7 @@ class _Builder:
                 block_size=block,
                 accuracy_level=_LEVEL,
             )
+            product = self.cast(node, product, torch.float32, encoded.dtype, f"{name}/from_float{i}")
             if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
                 product = self.node(node, "Add", [product, _input(node, 2)], f"{name}/bias{i}")
             self.take_over(node, product)
@@ -242,10 +250,7 @@ class _Builder:
             result = self.node(first, "Slice", [result, *bounds], f"{name}/slice")
         shape = self.initializer(f"{name}.shape", np.array(encoded.shape, dtype=np.int64))
         result = self.node(first, "Reshape", [result, shape], f"{name}/decode")
-        if encoded.dtype != torch.float32:
-            result = self.node(
-                first, "Cast", [result], f"{name}/cast_weight", to=_DTYPES[encoded.dtype].value
-            )
+        result = self.cast(first, result, torch.float32, encoded.dtype, f"{name}/from_float")
         value.replace_all_uses_with(result)
         return Lowered(name, f"INT{encoding.bits} -> Cast -> Mul", "decoded at load", (f"{name}/decode",))
 
@@ -281,17 +286,19 @@ class _Builder:
         encoded: EncodedWeight,
         block: int,
     ) -> None:
+        use = f"{name}/{node.outputs[0].name}"  # there may be several
         result = self.node(
             node,
             "GatherBlockQuantized",
             [codes, _input(node, 1), *extra],
-            name,
+            f"{use}/gather",
             "com.microsoft",
             bits=encoded.encoding.bits,
             block_size=block,
             gather_axis=0,
             quantize_axis=1,
         )
+        result = self.cast(node, result, torch.float32, encoded.dtype, f"{use}/from_float")
         self.take_over(node, result)
 
     def block_inputs(self, name: str, scales: torch.Tensor, zeros: torch.Tensor | None) -> list[ir.Value]:
@@ -300,7 +307,15 @@ class _Builder:
             values.append(self.initializer(f"{name}.zero_points", zeros.contiguous().numpy()))
         return values
 
-    def gemm_to_matmul(self, gemm: ir.Node, weight: ir.Value) -> None:
+    def cast(
+        self, before: ir.Node, value: ir.Value, given: torch.dtype, dtype: torch.dtype, name: str
+    ) -> ir.Value:
+        """Weights are decoded and multiplied in float32, whatever the model around them computes in."""
+        if given == dtype:
+            return value
+        return self.node(before, "Cast", [value], name, to=_ONNX_TYPES[dtype].value)
+
+    def gemm_to_matmul(self, gemm: ir.Node, weight: ir.Value, dtype: torch.dtype) -> None:
         """Gemm with a transposed weight is not fused with its decoder; MatMul and Add are.
 
         Before an activation ONNX Runtime fuses a 2-D MatMul, Add and the activation into one float
@@ -309,10 +324,12 @@ class _Builder:
         name = gemm.name or gemm.outputs[0].name or "gemm"
         detour = any(reader.op_type in _FUSED_ACTIVATIONS for reader, _ in gemm.outputs[0].uses())
         operand = _input(gemm, 0)
+        operand = self.cast(gemm, operand, dtype, torch.float32, f"{name}/to_float")
         if detour:
             axis = self.initializer("compress.axis0", np.array([0], dtype=np.int64))
             operand = self.node(gemm, "Unsqueeze", [operand, axis], f"{name}/unsqueeze")
         result = self.node(gemm, "MatMul", [operand, weight], f"{name}/matmul")
+        result = self.cast(gemm, result, torch.float32, dtype, f"{name}/from_float")
         if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
             result = self.node(gemm, "Add", [result, _input(gemm, 2)], f"{name}/bias")
         if detour:

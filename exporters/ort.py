@@ -59,7 +59,11 @@ class Session:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime raises a family of its own that shares no base class
-            raise VerificationError(f"ONNX Runtime cannot load the written file: {error}") from error
+            missing = "NOT_IMPLEMENTED" in str(error)
+            fix = "where the type is the reason (float64, float16), convert the module with .float()"
+            raise VerificationError(
+                f"ONNX Runtime cannot load the written file: {error}", fix=fix if missing else ""
+            ) from error
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
 

@@ -9,12 +9,10 @@ shapes, compared with the graph, and only then renamed.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from compress.artifact import Artifact, Lowered
 from compress.errors import CompressError, ExportError, MissingExtra, OutputError, VerificationError
@@ -30,6 +28,7 @@ from compress.exporters.ort import Session, runtime
 from compress.graph import Graph
 from compress.numerics import sqnr_db
 from compress.pipeline import example_inputs
+from compress.progress import quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,6 +98,7 @@ class OnnxExporter:
         return replace(artifact, path=path, nbytes=size)
 
 
+@quiet()
 def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lowered]]:
     """The ONNX model in memory, and the form every encoded weight took.
 
@@ -156,17 +156,13 @@ def _translate(graph: Graph) -> Any:
             plain = hollow.ops.get_attr(name)
         decode.replace_all_uses_with(plain)
         hollow.tensors[name] = empty
+    _plain_outputs(hollow)
     hollow.prune_dead_code()
     module = hollow.flat_module()
     args = tuple(_two_or_more(graph))
     shapes = tuple({a: torch.export.Dim.DYNAMIC for a, _ in spec.dynamic} for spec in graph.inputs)
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad():
             exported = torch.export.export(module, args, dynamic_shapes=shapes)
             return torch.onnx.export(
                 exported,
@@ -182,9 +178,18 @@ def _translate(graph: Graph) -> Any:
             f"torch.onnx cannot translate the model: {_first_cause(error)}",
             fix="replace the operator it names, or register a translation for it with torch.onnx",
         ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+
+
+def _plain_outputs(graph: Graph) -> None:
+    """Only what was computed can be an output of a file: no constants, and of a weight a copy."""
+    output = next(n for n in graph.ops.nodes if n.op == "output")
+    values = [value for value in output.args[0] if isinstance(value, fx.Node)]
+    with graph.ops.inserting_before(output):
+        copies = [
+            graph.ops.call_function(torch.ops.aten.clone.default, (v,)) if v.op == "get_attr" else v
+            for v in values
+        ]
+    output.args = (tuple(copies),)
 
 
 def _two_or_more(graph: Graph) -> list[Tensor]:
@@ -346,9 +351,14 @@ def _prove(
     worst = float("inf")
     trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
     for inputs in [*trials, *samples]:
-        wanted = [t for t in plain.run(inputs) if isinstance(t, Tensor)]
+        wanted = plain.named(plain.run(inputs))
         shapes = ", ".join(str(list(t.shape)) for t in inputs)
         for name, want, have in zip(session.outputs, wanted, session(*inputs), strict=True):
+            if want.is_complex():
+                raise ExportError(
+                    f"output {name} is complex, and ONNX has no complex outputs",
+                    fix="return torch.view_as_real(...) of it, or its .real and .imag",
+                )
             if want.shape != have.shape:
                 raise VerificationError(
                     f"at inputs {shapes} the file's {name} is {list(have.shape)}",

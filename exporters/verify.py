@@ -145,8 +145,8 @@ def _compare(
     pairs = ("file vs original", "compressed graph vs original", "file vs compressed graph")
     found = {(pair, name): Agreement() for name in names for pair in pairs}
     for sample in inputs:
-        original = [t for t in reference.run(sample) if isinstance(t, Tensor)]
-        compressed = [t for t in plain.run(sample) if isinstance(t, Tensor)]
+        original = reference.named(reference.run(sample))
+        compressed = plain.named(plain.run(sample))
         written = session(*sample)
         for name, o, c, w in zip(names, original, compressed, written, strict=True):
             if o.shape != w.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,72 @@ def test_decode_at_load_is_exact_for_large_layers_too(tmp_path: Path, fuse_all: 
         assert_close(want, have, db=90)
     with pytest.raises(ExportError, match="run"):
         compress.export(result.graph, tmp_path / "x.onnx", decode="now")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("convnet", torch.float16),
+        *[(name, dtype) for name in ("tied_lm", "products") for dtype in (torch.float16, torch.float64)],
+    ],
+)
+def test_other_types_of_floats(name: str, dtype: torch.dtype, tmp_path: Path, fuse_all: None) -> None:
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in MODELS[name].inputs(4)]
+    result = compress.run(
+        make(name).to(dtype), [Cleanup(), QuantizeWeights(group_size=16)], example_inputs=inputs
+    )
+    assert result.graph.encodings
+    artifact = compress.export(result.graph, tmp_path / "model.onnx")
+    wanted = result.graph.run(inputs)
+    for want, have in zip(wanted, Session(artifact.path)(*inputs), strict=True):
+        assert_close(want, have, db=20)
+
+
+class Returns(nn.Module):
+    """A layer, and whatever else a model may return."""
+
+    def __init__(self, also: Callable[[nn.Linear, Tensor], object]) -> None:
+        super().__init__()
+        self.also = also
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[object, ...]:
+        return self.fc(x), self.also(self.fc, x)
+
+
+ALSO: dict[str, Callable[[nn.Linear, Tensor], object]] = {
+    "a number": lambda fc, x: 3,
+    "a string": lambda fc, x: "name",
+    "the batch size": lambda fc, x: x.shape[0],
+    "the weight": lambda fc, x: fc.weight,
+    "the input": lambda fc, x: x,
+}
+
+
+@pytest.mark.parametrize("also", ALSO)
+def test_unusual_outputs(also: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 64)
+    result = compress.run(Returns(ALSO[also]), [QuantizeWeights()], example_inputs=(x,))
+    artifact = compress.export(result.graph, tmp_path / "model.onnx", samples=[(x,)])
+    verification = compress.verify(artifact, result.reference, samples=[(x,)], batch_sizes=())
+    assert all(c.sqnr_db > 15 for c in verification.comparisons)
+
+
+def test_complex_outputs_are_refused(tmp_path: Path) -> None:
+    graph = compress.capture(Returns(lambda fc, x: torch.fft.fft(x)), (torch.randn(4, 64),))
+    with pytest.raises(ExportError, match="output_1 is complex"):
+        compress.export(graph, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_type_without_kernels_is_said(tmp_path: Path) -> None:
+    graph = compress.capture(nn.Conv2d(3, 4, 3).double(), (torch.randn(2, 3, 5, 5).double(),))
+    with pytest.raises(VerificationError, match=r"\.float\(\)"):
+        compress.export(graph, tmp_path / "model.onnx")
+
+
+def test_libraries_keep_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    graph = compress.capture(nn.EmbeddingBag(8, 4), (torch.zeros(4, 6, dtype=torch.int64),))
+    compress.export(graph, tmp_path / "model.onnx")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
