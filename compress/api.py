@@ -110,6 +110,7 @@ def run(
         parameters=reference.parameters,
         calibration=data.description if data else describe_missing(),
         order=list(dict.fromkeys(site.weight for site in graph.sites())),
+        unreached=graph.unreached(),
     )
     if eval_fn is not None:
         with torch.no_grad():

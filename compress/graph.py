@@ -33,6 +33,8 @@ _KINDS: dict[Any, tuple[Kind, int]] = {
     torch.ops.aten.conv3d.padding: ("conv", 1),
     torch.ops.aten.embedding.default: ("embedding", 0),
 }
+_WORTH_NAMING = 1024
+"""Entries of a weight below which nobody asks why it is still in floating point."""
 _DEQUANTIZE = torch.ops.compress.dequantize.default
 
 
@@ -102,6 +104,20 @@ class Graph:
                 groups = int(argument(node, "groups", 1))
             name = node.meta.get("module") or weight.removesuffix(".weight")
             found.append(Site(name, kind, node.name, weight, groups))
+        return found
+
+    def unreached(self) -> dict[str, str]:
+        """Float matrices worth compressing that belong to no site -> the operator that reads them."""
+        sites = {site.weight for site in self.sites()}
+        found = {}
+        for node in self.ops.nodes:
+            name = str(node.target)
+            tensor = self.tensors.get(name) if node.op == "get_attr" else None
+            if tensor is None or name in sites or not tensor.is_floating_point():
+                continue
+            if tensor.ndim >= 2 and tensor.numel() >= _WORTH_NAMING and not _is_part(name, self.encodings):
+                readers = (str(user.target).removeprefix("aten.").split(".")[0] for user in node.users)
+                found[name] = ", ".join(dict.fromkeys(readers))
         return found
 
     def weight(self, name: str) -> Tensor:
@@ -336,6 +352,11 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         last = max(node.users, key=order.__getitem__, default=node)
         result.setdefault(last, []).append(node)
     return result
+
+
+def _is_part(name: str, encodings: Mapping[str, EncodedWeight]) -> bool:
+    owner, _, part = name.rpartition(".")
+    return part in _PARTS and owner in encodings
 
 
 def has_effect(node: fx.Node) -> bool:

@@ -29,6 +29,7 @@ class Report:
         parameters: weights of the model as captured.
         calibration: what the statistics came from, or the line that says there were none.
         order: weights in execution order.
+        unreached: weights that no pass can work on -> the operator that reads them.
         artifact, verification: of the written file, once there is one.
         float_nbytes: size of the uncompressed export, if it was made.
     """
@@ -41,6 +42,7 @@ class Report:
     parameters: int
     calibration: str
     order: list[str] = field(default_factory=list)
+    unreached: dict[str, str] = field(default_factory=dict)
     artifact: Artifact | None = None
     verification: Verification | None = None
     seconds: float = 0.0
@@ -75,7 +77,11 @@ class Report:
 
     def notes(self) -> list[tuple[str, str, str]]:
         """(pass, layer or "", reason) of everything that was declined or is worth knowing."""
-        return [(step.name, n.site, n.reason) for step in self.passes for n in step.notes]
+        noted = [(step.name, n.site, n.reason) for step in self.passes for n in step.notes]
+        return noted + [
+            ("all passes", weight, f"read by {operator}, which no pass compresses; left as it is")
+            for weight, operator in self.unreached.items()
+        ]
 
     def headline(self) -> str:
         """One line: size, speed, fidelity; a loss is said as plainly as a gain."""
@@ -127,6 +133,7 @@ class Report:
             "tensor_bytes": self.tensor_bytes,
             "seconds": round(self.seconds, 3),
             "layers": self.rows(),
+            "unreached": self.unreached,
             "passes": [dataclasses.asdict(p) for p in self.passes],
             "artifact": artifact,
             "verification": verification,

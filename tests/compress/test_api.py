@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress.errors import RecipeError
@@ -116,3 +116,11 @@ def test_importing_needs_no_backend() -> None:
     code = "import sys, compress; print([m for m in ('onnx', 'onnxruntime') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_weights_that_no_pass_can_work_on_are_named() -> None:
+    module = nn.Sequential(nn.ConvTranspose1d(32, 16, 3), nn.Conv1d(16, 32, 3), nn.GELU())
+    result = compress.run(module, "int4", example_inputs=(torch.randn(2, 32, 9),))
+    assert result.report.unreached == {"0.weight": "conv_transpose1d"}
+    assert [site for _, site, _ in result.report.notes() if site] == ["0.weight"]
+    assert "conv_transpose1d, which no pass compresses" in result.report.to_markdown()
