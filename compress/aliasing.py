@@ -27,7 +27,7 @@ def writes_behind_names(graph: fx.Graph) -> bool:
 
 
 def keep_state(graph: fx.Graph) -> None:
-    """Make a graph that writes into its inputs or buffers write into copies: every run starts from the same."""
+    """Have a graph write into copies of its inputs and buffers, so that every run starts from the same."""
     targets = {sharing[0] for _, sharing in _writes(graph)}
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1:]
     for written in [n for n in graph.nodes if n.op in ("placeholder", "get_attr") and n in targets]:

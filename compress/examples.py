@@ -56,9 +56,9 @@ def _inputs(item: Any, source: object) -> Any:
     if isinstance(item, Tensor | np.ndarray):
         return (torch.as_tensor(item),)
     if isinstance(item, Mapping):
-        return {k: torch.as_tensor(v) for k, v in item.items() if k not in _LABELS or _takes(source, k)}
+        return {k: _as_tensor(v, f"{k!r}") for k, v in item.items() if k not in _LABELS or _takes(source, k)}
     if isinstance(item, tuple | list):
-        tensors = [torch.as_tensor(v) for v in item]
+        tensors = [_as_tensor(v, f"number {i + 1}") for i, v in enumerate(item)]
         return tuple(tensors[: _arity(source, len(tensors))])
     inputs = getattr(item, "inputs", None)
     if isinstance(inputs, tuple):
@@ -67,6 +67,17 @@ def _inputs(item: Any, source: object) -> Any:
         f"the first calibration item is a {type(item).__name__}",
         expected="a tensor, a tuple of tensors, or a dict of tensors by input name",
     )
+
+
+def _as_tensor(value: Any, which: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise CalibrationError(
+            f"input {which} of the first calibration item is a {type(value).__name__}",
+            expected="a tensor for each input",
+            fix="wrap the model in a module whose forward() takes tensors only",
+        ) from None
 
 
 def _from_file(path: Path, source: object) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.errors import RecipeError
+from compress.errors import CalibrationError, RecipeError
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.testing import MODELS, make
 
@@ -73,6 +73,12 @@ def test_arrays_of_samples_are_captured_with_two_of_them() -> None:
         result = compress.run(make("products"), calibration=calibration)
         assert result.reference.inputs[0].shape == (2, 24)
         assert "512 samples" in result.report.calibration
+
+
+@pytest.mark.parametrize("item", [{"x": {"a": X}}, (X, "label"), [X, None]])
+def test_calibration_items_that_hold_something_else(item: Any) -> None:
+    with pytest.raises(CalibrationError, match="of the first calibration item is a"):
+        compress.run(make("convnet"), "int8", calibration=[item])
 
 
 def test_metric_of_original_and_compressed() -> None:
