@@ -56,6 +56,10 @@ class PruneMagnitude(Pass):
                 sites.setdefault(site.weight, site)
         changes: list[Change] = []
         notes: list[Note] = []
+        for weight in [w for w in sites if w in graph.encodings]:
+            # new values would undo the encoding
+            reason = f"already {graph.encodings[weight].encoding}; prune before quantizing"
+            notes.append(Note(sites.pop(weight).name, reason))
         masks = self._masks(graph, sites, notes)
 
         def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import compress
 from compress.errors import PassError
 from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.quantize_weights import QuantizeWeights
 from compress.pipeline import Context
 from compress.testing import MODELS, make
 
@@ -88,3 +89,12 @@ def test_refit_keeps_the_mask_and_lowers_the_output_error() -> None:
             assert (kept <= 2).all()
         outputs.append(float((result.graph.run(batches[0])[0] - wanted).norm()))
     assert outputs[1] < 0.9 * outputs[0]
+
+
+def test_encoded_weights_keep_their_encoding() -> None:
+    graph = compress.capture(make("encoder"), MODELS["encoder"].inputs(2))
+    encoded = QuantizeWeights(bits=4).apply(graph, Context(graph)).graph
+    result = PruneMagnitude(sparsity=0.5).apply(encoded, Context(encoded))
+    assert result.graph.encodings.keys() == encoded.encodings.keys() != set()
+    assert not {c.weight for c in result.changes} & encoded.encodings.keys()
+    assert all("prune before quantizing" in n.reason for n in result.notes)
