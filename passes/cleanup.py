@@ -164,10 +164,11 @@ def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
     assert isinstance(weight_node, fx.Node)
     shared = len(weight_node.users) > 1 or len(layer.users) > 1
     has_unknown_bias = argument(layer, "bias", None) is not None and bias_name is None
-    # a linear layer's channel axis is 1 for the norm only if its output is [rows, channels]
-    if shared or has_unknown_bias or (layer.target is _aten.linear.default and not _is_2d(graph, layer)):
-        return False
     weight = graph.tensors[weight_name]
+    # the norm's channels are on axis 1: those of a linear layer only if its output is [rows, channels],
+    # those of a convolution only if it has a batch
+    if shared or has_unknown_bias or layer.meta.get("rank") != weight.ndim:
+        return False
     one = torch.ones(weight.shape[0], dtype=torch.float64)
     scale = graph.tensors[gamma].double() if gamma else one
     shift = graph.tensors[beta].double() if beta else torch.zeros_like(one)
@@ -201,12 +202,6 @@ def _set_bias(layer: fx.Node, bias: fx.Node) -> None:
         layer.update_arg(2, bias)
     else:
         layer.args = (*layer.args, bias)
-
-
-def _is_2d(graph: Graph, layer: fx.Node) -> bool:
-    source = layer.args[0]
-    rank = layer.meta.get("rank")
-    return isinstance(source, fx.Node) and rank == 2
 
 
 def _as_linear(graph: Graph, node: fx.Node) -> bool:

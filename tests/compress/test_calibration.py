@@ -273,3 +273,15 @@ def test_batches_a_model_writes_to_are_kept() -> None:
     graph = compress.capture(module, (batch,))
     collect(graph, [(batch,)])
     assert torch.equal(batch, before)
+
+
+def test_an_input_without_batch_is_not_cut_by_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = nn.Conv2d(4, 8, 3), torch.randn(4, 9, 9)
+    graph = compress.capture(module, (x,), inputs=["!4,9,9"])
+    whole = collect(graph, [(x,)], needs=frozenset({"diag", "H"}))
+    monkeypatch.setattr("compress.calibration._CHUNK", 100)
+    cut = collect(graph, [(x,)], needs=frozenset({"diag", "H"}))
+    for name, statistics in whole.items():
+        assert statistics.rows == cut[name].rows == 49
+        assert statistics.H is not None and cut[name].H is not None
+        assert_close(statistics.H, cut[name].H, db=100)

@@ -195,3 +195,13 @@ def test_a_shared_bias_is_folded_into_each_layer() -> None:
     assert "batch_norm" not in " ".join(operators(cleaned))
     assert_close(module(x).detach(), cleaned.run([x])[0], db=90)
     assert_close(module(x).detach(), cleaned.module()(x), db=90)
+
+
+def test_norm_after_a_convolution_without_batch_is_not_folded() -> None:
+    """[channels, length] is [batch, channels] to the norm, and the sizes happen to agree."""
+    module = nn.Sequential(nn.Conv1d(3, 6, 2), nn.BatchNorm1d(6)).eval()
+    nn.init.uniform_(module[1].running_var, 0.5, 2)
+    x = torch.randn(3, 7)
+    graph = compress.capture(module, (x,), inputs=["!3,7"])
+    cleaned = Cleanup().apply(graph, Context(graph)).graph
+    assert_close(module(x).detach(), cleaned.run([x])[0], db=90)
