@@ -133,7 +133,7 @@ def test_other_precisions(dtype: torch.dtype, tmp_path: Path, fuse_all: None) ->
     artifact = compress.export(result.graph, tmp_path / "model.onnx", samples=result.samples)
     have = Session(artifact.path)(*inputs)[0]
     assert have.dtype == dtype
-    assert_close(result.graph.run(inputs)[0], have, db=50)
+    assert_close(result.graph.run(inputs)[0], have, db=30)  # MatMulNBits rounds activations to 8 bits
 
 
 def test_encoded_bfloat16_is_refused_with_a_reason(tmp_path: Path) -> None:
