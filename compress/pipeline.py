@@ -150,6 +150,7 @@ class Pass(BaseModel):
         """
         sites = graph.sites()
         for pattern in (*self.targets, *self.ignore):
+            _check_regex(self.name, pattern)
             if pattern not in _KIND_NAMES and not any(matches(s, pattern) for s in sites):
                 near = _nearest(pattern, [s.name for s in sites])
                 raise PassError(
@@ -179,6 +180,15 @@ def matches(site: Site, pattern: str) -> bool:
         return any(re.match(pattern[3:], n) for n in names)
     # a path also names everything below it
     return any(fnmatch.fnmatchcase(n, pattern) or n.startswith(f"{pattern}.") for n in names)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise PassError(
+            f"{name}: {pattern!r} is no regular expression: {error}", expected="Python's syntax after re:"
+        ) from error
 
 
 def _nearest(word: str, known: Sequence[str]) -> str | None:

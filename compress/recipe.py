@@ -18,6 +18,7 @@ Option names and values are those of the pass classes; `schema` gives them as JS
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +53,8 @@ class Recipe:
     def from_dict(cls, data: object, where: str = "the recipe") -> Recipe:
         """Check the outer structure; the options are checked by `build`."""
         if not isinstance(data, Mapping):
-            raise RecipeError(
-                f"{where} is a {type(data).__name__}", expected="a mapping with a `passes:` list"
-            )
+            what = "empty" if data is None else f"a {type(data).__name__}"
+            raise RecipeError(f"{where} is {what}", expected="a mapping with a `passes:` list")
         _known_keys(data, ("metadata", "passes"), where)
         steps = data.get("passes")
         if not isinstance(steps, list) or not steps:
@@ -68,20 +68,36 @@ class Recipe:
         metadata = data.get("metadata") or {}
         if not isinstance(metadata, Mapping):
             raise RecipeError(f"{where}: metadata is {metadata!r}", expected="a mapping")
-        return cls(tuple(dict(s) for s in steps), dict(metadata))
+        try:
+            # YAML has dates; what is stored in the written file has not
+            metadata = json.loads(json.dumps(dict(metadata), default=str))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{where}: metadata cannot be stored: {error}", expected="plain values"
+            ) from error
+        return cls(tuple(dict(s) for s in steps), metadata)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "the recipe") -> Recipe:
         try:
-            return cls.from_dict(yaml.safe_load(text), where)
+            data = yaml.load(text, _Loader)
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise RecipeError(f"{where} is not valid YAML{line}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"{where} is not valid YAML: {error}") from error
+        return cls.from_dict(data, where)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(
+                f"there is no recipe file {path}",
+                fix="check the path; `compress recipes` lists the built-in ones",
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
         recipe = cls.from_yaml(text, f"recipe file {path.name}")
@@ -116,6 +132,20 @@ class Recipe:
         return yaml.safe_dump(data, sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which plain YAML silently takes the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _build_pass(name: str, cls: type[Pass], options: dict[str, Any]) -> Pass:
     _known_keys(options, tuple(cls.model_fields), f"pass {name}")
     for key in ("targets", "ignore"):
@@ -125,11 +155,19 @@ def _build_pass(name: str, cls: type[Pass], options: dict[str, Any]) -> Pass:
         return cls(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
+        reason = (
+            first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").split(", unable")[0]
+        )
         if not first["loc"]:  # options that do not fit together
             raise RecipeError(f"pass {name}: {reason}") from error
         option = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"pass {name}: {option} is {first.get('input')!r}", expected=reason) from error
+        given = first.get("input")
+        number = first["type"] == "string_type" and isinstance(given, int | float)
+        raise RecipeError(
+            f"pass {name}: {option} is {given!r}",
+            expected=reason,
+            fix="put it in quotes; YAML reads 2:4 without them as a number" if number else "",
+        ) from error
 
 
 def _known_keys(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -71,7 +71,7 @@ def named(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), RECIPES, n=1, cutoff=0.4)
     raise RecipeError(
         f"there is no recipe {name!r}",
         expected=f"one of {', '.join(RECIPES)}, or the path of a YAML file",

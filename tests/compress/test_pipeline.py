@@ -75,6 +75,11 @@ def test_patterns(graph: compress.Graph, pattern: str, expected: set[str]) -> No
     assert {s.name for s in graph.sites() if matches(s, pattern)} == expected
 
 
+def test_a_broken_regular_expression_is_named(graph: compress.Graph) -> None:
+    with pytest.raises(PassError, match=r"'re:\(up' is no regular expression"):
+        Changes(what="target", targets=("up",), ignore=("re:(up",)).select(graph)
+
+
 def test_example_inputs_stay_within_the_embedding(graph: compress.Graph) -> None:
     ids, mask = example_inputs(graph, {"batch": 64, "seq": 5})
     assert ids.shape == mask.shape == (64, 5)

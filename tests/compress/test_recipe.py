@@ -51,11 +51,42 @@ def test_built_in_recipes_match_the_schema() -> None:
         ({"passes": [{"pass": "prune_magnitude"}]}, "sparsity is required"),
         ({"passes": [{"pass": "prune_magnitude", "pattern": "4:2"}]}, "N:M"),
         ({"passes": [{"pass": "cleanup"}], "metadata": 3}, "metadata"),
+        # what YAML makes of an unquoted 2:4
+        ({"passes": [{"pass": "prune_magnitude", "pattern": 124}]}, "is 124\n.*\n.*quotes"),
+        ({"passes": [{"pass": "prune_magnitude", "sparsity": "50%"}]}, "expected: a valid number$"),
+        (None, "is empty"),
     ],
 )
 def test_what_is_refused(data: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict(data).build(pass_table())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes: [", "is not valid YAML, line 1: "),
+        ("passes:\n\t- pass: cleanup", "is not valid YAML, line 2: "),
+        ("passes:\n- pass: quantize_weights\n  bits: 4\n  bits: 8", "line 4: the key 'bits' is given twice"),
+        ("passes: [\x00]", "is not valid YAML: "),
+        ("", "is empty"),
+    ],
+)
+def test_texts_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(text)
+
+
+def test_metadata_can_be_stored_whatever_yaml_makes_of_it() -> None:
+    recipe = Recipe.from_yaml("metadata: {date: 2026-11-21, 7: x}\npasses: [{pass: cleanup}]")
+    assert recipe.metadata == {"date": "2026-11-21", "7": "x"}
+    with pytest.raises(RecipeError, match="cannot be stored"):
+        Recipe.from_yaml("metadata: {a: &a [*a]}\npasses: [{pass: cleanup}]")
+
+
+def test_anchors_and_merge_keys_work() -> None:
+    recipe = Recipe.from_yaml("passes: [&a {pass: quantize_weights, bits: 4}, {<<: *a, bits: 8}]")
+    assert [p["bits"] for p in recipe.passes] == [4, 8]
 
 
 def test_files(tmp_path: Path) -> None:
@@ -65,13 +96,17 @@ def test_files(tmp_path: Path) -> None:
     path.write_text("passes: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
         Recipe.from_file(path)
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"there is no recipe file .*other\.yaml"):
         Recipe.from_file(tmp_path / "other.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.from_file(tmp_path)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(RecipeError, match="did you mean 'int4-sparse'"):
         named("int4sparse")
+    with pytest.raises(RecipeError, match="did you mean 'int8'"):
+        named("INT8")
 
 
 def test_targets_may_be_one_string() -> None:
