@@ -290,7 +290,17 @@ def _parse_dtype(text: str, word: str) -> torch.dtype:
     if dtype is not None:
         return dtype
     lower = word.lower()
-    nearest = _OTHER_WORDS.get(lower) or difflib.get_close_matches(lower, DTYPES, n=1, cutoff=0.0)[0]
+    close = difflib.get_close_matches(lower, DTYPES, n=1, cutoff=0.4)
+    if lower not in _OTHER_WORDS and not close and ":" not in text and _NAME.fullmatch(word):
+        # nothing like a dtype: most likely a name without one
+        raise InputSpecError(
+            f"input {text!r}: {word!r} is no dtype; a name stands before a colon",
+            expected=_EXAMPLES,
+            fix=repr(text.replace(word, f"{word}:float32", 1)),
+        )
+    nearest = (
+        _OTHER_WORDS.get(lower) or (close or difflib.get_close_matches(lower, DTYPES, n=1, cutoff=0.0))[0]
+    )
     raise InputSpecError(
         f"input {text!r}: unknown dtype {word!r}; the nearest is {nearest!r}",
         expected=f"one of {', '.join(DTYPES)}",

@@ -98,6 +98,11 @@ def test_an_unknown_dtype_names_the_nearest(word: str, nearest: str) -> None:
         parse_input_spec(f"ids:{word}[1,4]")
 
 
+def test_a_name_without_a_colon_is_taken_for_a_name() -> None:
+    with pytest.raises(InputSpecError, match=r"'x:float32\[1,4\]'"):
+        parse_input_spec("x[1,4]")
+
+
 names = st.none() | st.from_regex(r"[A-Za-z_][A-Za-z0-9_./-]{0,8}", fullmatch=True)
 symbols = st.from_regex(r"[a-z_]{1,3}[0-9]?", fullmatch=True).map(lambda word: "d_" + word)
 
