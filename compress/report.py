@@ -31,7 +31,8 @@ class Report:
         order: weights in execution order.
         unreached: weights that no pass can work on -> the operator that reads them.
         artifact, verification: of the written file, once there is one.
-        float_nbytes: size of the uncompressed export, if it was made.
+        seconds: the whole run took.
+        warnings: what the user should know before using the file.
     """
 
     recipe: dict[str, Any]
@@ -88,14 +89,12 @@ class Report:
         parts = []
         if self.artifact is not None:
             before = self.verification.float_bytes if self.verification else 0
-            before = before or self.float_bytes
-            parts.append(
-                f"{_ratio(before, self.artifact.nbytes)} ({_mb(before)} -> {_mb(self.artifact.nbytes)})"
-            )
+            before, after = before or self.float_bytes, self.artifact.nbytes
+            parts.append(f"{_ratio(before, after)} ({size_words(before)} -> {size_words(after)})")
         else:
             parts.append(
                 f"{_ratio(self.float_bytes, self.tensor_bytes)} weights "
-                f"({_mb(self.float_bytes)} -> {_mb(self.tensor_bytes)})"
+                f"({size_words(self.float_bytes)} -> {size_words(self.tensor_bytes)})"
             )
         if self.verification is not None:
             parts += [speed_words(t) for t in self.verification.timings]
@@ -165,7 +164,13 @@ class Report:
             lines += ["", "## Left alone", ""]
             lines += [f"- `{site}` ({name}): {reason}" for name, site, reason in declined]
         lines += ["", "## Provenance", ""]
-        lines += [f"- {key}: {value}" for key, value in self.provenance.items() if value]
+        for key, value in self.provenance.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{k} {v}" for k, v in value.items())
+            elif isinstance(value, list):
+                value = "; ".join(map(str, value))
+            # a seed of 0 is a seed
+            lines += [f"- {key.replace('_', ' ')}: {value}"] if value not in (None, "") else []
         return "\n".join(lines) + "\n"
 
     def table(self) -> list[tuple[str, ...]]:
@@ -176,7 +181,7 @@ class Report:
                 r["action"],
                 f"{r['bits']:.2f}",
                 f"{100 * r['sparsity']:.0f} %",
-                f"{_mb(r['bytes_before'])} -> {_mb(r['bytes'])}",
+                f"{size_words(r['bytes_before'])} -> {size_words(r['bytes'])}",
                 f"{100 * r['error']:.2f} %",
                 r["note"],
             )
@@ -226,9 +231,11 @@ def _markdown_verification(v: Verification) -> list[str]:
         m = v.metric
         lines += [f"| | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
     if v.timings:
+        threads = v.environment.get("threads", 1)
         lines += ["", "## Speed", "", f"ONNX Runtime {v.environment.get('onnxruntime', '')}, "
-                  f"{v.environment.get('threads', 1)} thread, {v.environment.get('processor', '')}; "
-                  "medians of interleaved runs against the uncompressed export.", ""]  # fmt: skip
+                  f"{threads} thread{'' if threads == 1 else 's'}, {v.environment.get('processor', '')}; "
+                  "medians of interleaved runs against the uncompressed export. The speed-up is the median "
+                  "of the ratios of neighbouring runs, ± half their interquartile range.", ""]  # fmt: skip
         lines += ["| shape | float ms | compressed ms | speed-up | |", "|---|---|---|---|---|"]
         for t in v.timings:
             shape = ", ".join(f"{k}={n}" for k, n in t.sizes.items()) or "fixed"
@@ -246,8 +253,9 @@ def _ratio(before: int, after: int) -> str:
     return f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x LARGER"
 
 
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+def size_words(nbytes: int) -> str:
+    """Bytes in decimal units, as file managers and disks count them."""
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def _finite(value: Any) -> Any:
