@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.artifact import Artifact, Comparison, Timing, Verification
-from compress.errors import CompressError, VerificationError
+from compress.errors import CompressError, InputSpecError, VerificationError
 from compress.exporters.ort import Session, decoded_on_every_call, runtime
 from compress.exporters.to_onnx import build_model, shapes_to_try
 from compress.graph import Graph
@@ -57,6 +57,7 @@ def verify(
 
     Raises:
         VerificationError: the file cannot be run, or its shapes are wrong.
+        InputSpecError: the metric fails.
     """
     progress = progress or Silent()
     progress.start("verify", 2 + len(batch_sizes) + (3 if eval_fn else 0))
@@ -169,7 +170,8 @@ def _evaluate(eval_fn: EvalFn, module: torch.nn.Module) -> float:
     except CompressError:
         raise
     except Exception as error:
-        raise VerificationError(
+        # the user's code, not a file that would be wrong
+        raise InputSpecError(
             f"the metric failed: {type(error).__name__}: {error}",
             expected="a callable that takes the model and returns a number, higher is better",
         ) from error

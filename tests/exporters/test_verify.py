@@ -11,7 +11,7 @@ import torch
 
 import compress
 from compress.artifact import Timing
-from compress.errors import VerificationError
+from compress.errors import InputSpecError, VerificationError
 from compress.report import speed_words
 from compress.testing import MODELS, make
 
@@ -72,7 +72,7 @@ def test_a_module_may_be_the_reference(written: Any) -> None:
 
 def test_a_failing_metric_is_named(written: Any) -> None:
     artifact, result = written
-    with pytest.raises(VerificationError, match="ZeroDivisionError"):
+    with pytest.raises(InputSpecError, match="ZeroDivisionError"):
         compress.verify(artifact, result.reference, eval_fn=lambda m: 1 / 0, batch_sizes=())
 
 
