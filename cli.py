@@ -8,6 +8,7 @@ compress doctor
 
 from __future__ import annotations
 
+import difflib
 import json
 import platform
 import sys
@@ -28,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from compress.errors import CompressError, GoalMissed, InputSpecError, OutputError, UntrustedFileError
+from compress.errors import CompressError, GoalMissed, InputSpecError, UntrustedFileError
 
 # names of layers and extras hold square brackets, which rich would take for markup
 _stderr = Console(stderr=True, markup=False, highlight=False)
@@ -41,6 +42,11 @@ class _CompressByDefault(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
         if args and args[0] not in self.commands and args[0] not in own:
+            close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if close and not Path(args[0]).exists():
+                raise InputSpecError(
+                    f"there is no file and no command {args[0]!r}", fix=f"did you mean `compress {close[0]}`?"
+                )
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -157,6 +163,7 @@ def run(
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
+    from compress.api import check_output
     from compress.loading import resolve_callable
 
     began = time.perf_counter()
@@ -173,10 +180,10 @@ def run(
         if output
         else Path(f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}.onnx")
     )
-    if path.exists() and Path(source).exists() and path.samefile(source):
-        raise OutputError(f"{path} is the model itself", fix="choose another name with -o")
+    check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, metric))
     eval_fn = resolve_callable(metric, what="--eval") if metric else None
     with _Watching(quiet) as progress:
+        progress.start("capture", 0)
         result = _trusting(
             lambda trusted: compress.run(
                 source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
@@ -196,13 +203,15 @@ def run(
             )  # fmt: skip
             return _stored_results(report.verification)
 
+        progress.start("export", 0)
         report.artifact = compress.export(
             result.graph, path, target, samples=result.samples[:1], results=results, decode=decode
         )
     packed = any("MatMulNBits" in form.loads_as for form in report.artifact.lowered)
     if packed and report.slower():
         report.warnings.append(
-            "slower than float here: --decode load keeps the file this small at float speed and float memory"
+            "slower than float at some batch sizes: --decode load keeps the file this small "
+            "at float speed and float memory"
         )
     report.seconds = time.perf_counter() - began
     written = report.write(path)
@@ -214,7 +223,7 @@ def run(
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipe files.")
 @click.argument("name", required=False)
 def recipes(schema: bool, name: str | None) -> None:
-    """List the built-in recipes, print one as YAML (NAME), or the schema."""
+    """List the built-in recipes, or print one (NAME) as YAML."""
     from compress.api import pass_table
     from compress.recipe import schema as recipe_schema
     from compress.recipes import RECIPES, named
@@ -234,8 +243,12 @@ def recipes(schema: bool, name: str | None) -> None:
 @_source_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool, as_json: bool) -> None:
-    """Show what MODEL is: its kind and, where it can be captured, every layer that can be compressed."""
+    """Show what MODEL is and which layers it has.
+
+    Files of weights alone need --model and --input for the layers.
+    """
     import compress
+    from compress.report import size_words
     from compress.sniff import sniff
 
     found = sniff(Path(source))
@@ -268,7 +281,7 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(f"{source}: {found.kind.value} ({found.detail})")
-    click.echo(f"{graph.parameters:,} parameters, {graph.nbytes / 1e6:.2f} MB")
+    click.echo(f"{graph.parameters:,} parameters, {size_words(graph.nbytes)}")
     click.echo(f"inputs:  {', '.join(data['inputs'])}")
     click.echo(f"outputs: {', '.join(data['outputs'])}")
     table = Table("layer", "kind", "weight", "parameters", box=None, pad_edge=False)
@@ -287,7 +300,7 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
 
 @cli.command()
 def doctor() -> None:
-    """Show what is installed, what is missing, and the command that installs it."""
+    """Show what is installed and how to install what is missing."""
     from importlib.metadata import PackageNotFoundError, version
 
     needed = {
@@ -365,8 +378,14 @@ def _trusting(call: Callable[[bool], Any], trust: bool, progress: _Watching | No
         if progress:
             progress.pause()
         click.echo(str(error), err=True)
-        if not click.confirm("Load it anyway?", default=False, err=True):
+        try:
+            agreed = click.confirm("Load it anyway?", default=False, err=True)
+        except click.Abort:
+            click.echo(err=True)  # the question has not ended its line
             raise
+        if not agreed:
+            # the reasons stand above the question already
+            raise UntrustedFileError("the file was not loaded, as you said no") from None
         if progress:
             progress.resume()
         return call(True)
@@ -386,9 +405,12 @@ def _stored_results(verification: Any) -> dict[str, Any]:
 def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
     if not quiet:
         table = Table(box=None, pad_edge=False)
-        table.add_column("layer", no_wrap=True, overflow="ellipsis")
-        for heading in ("action", "bits", "sparsity", "bytes", "error", ""):
-            table.add_column(heading, no_wrap=True, justify="left" if heading in ("action", "") else "right")
+        # in a narrow terminal words wrap, figures stay whole
+        table.add_column("layer", overflow="fold")
+        table.add_column("action")
+        for heading in ("bits", "sparsity", "bytes", "error"):
+            table.add_column(heading, no_wrap=True, justify="right")
+        table.add_column("")
         for row in report.table():
             table.add_row(*row)
         _stdout.print(table)
@@ -400,7 +422,7 @@ def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None
             where = ", ".join(f"{k} {v}" for k, v in timing.sizes.items()) or "fixed shape"
             click.echo(
                 f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
-                f"({timing.speedup:.2f} ± {timing.spread:.2f})"
+                f"(speed-up {timing.speedup:.2f} ± {timing.spread:.2f})"
             )
         if report.verification.unfused:
             click.echo(f"decoded on every call, so slow: {', '.join(report.verification.unfused)}")

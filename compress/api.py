@@ -146,6 +146,12 @@ def export(
     Raises:
         ExportError, VerificationError, OutputError, MissingExtra.
     """
+    if not isinstance(graph, Graph):
+        raise ExportError(
+            f"what should be written is a {type(graph).__name__}",
+            expected="a Graph",
+            fix="compress.run(model, …).graph, or compress.capture(model, …) to write it uncompressed",
+        )
     exporter = _exporter(target)
     if decode not in ("run", "load"):
         raise ExportError(f"decode is {decode!r}", expected='"run" or "load"')
@@ -159,6 +165,25 @@ def export(
         graph, path, samples=samples, metadata=metadata, results=results, decode=decode
     )
     return artifact
+
+
+def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | None] = ()) -> None:
+    """Find out before any work is done whether a file can be written here.
+
+    Args:
+        path: the file to write.
+        target: as for `export`.
+        keep: what the run reads: paths, or ``file.py:callable``. None of these files may be `path`.
+
+    Raises:
+        ExportError, OutputError, MissingExtra.
+    """
+    path = Path(path)
+    _exporter(target).check(path)
+    for given in keep:
+        for name in {given or "", (given or "").rpartition(":")[0]} - {""}:
+            if path.exists() and Path(name).exists() and path.samefile(name):
+                raise OutputError(f"{path} is one of the files read", fix="choose another name with -o")
 
 
 def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: Any) -> Verification:

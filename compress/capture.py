@@ -85,9 +85,14 @@ def capture(
             return _from_program(module, module.example_inputs, meta)
         module = module.module()  # always in the mode it was exported in
         modes: dict[torch.nn.Module, bool] = {}
-    else:
+    elif isinstance(module, torch.nn.Module):
         modes = {part: part.training for part in module.modules()}
         module.eval()
+    else:
+        raise CaptureError(
+            f"the model is {module!r}"[:100],
+            expected="an nn.Module, an exported program, a Graph, or the path of a file",
+        )
     try:
         args, kwargs, specs = _examples(example_inputs, specs)
         if isinstance(module, torch.jit.ScriptModule):

@@ -18,6 +18,14 @@ class Exporter(Protocol):
     target: ClassVar[str]
     suffix: ClassVar[str]
 
+    def check(self, path: Path) -> None:
+        """Find what is wrong before any work is done.
+
+        Raises:
+            MissingExtra: the packages that write this target are not installed.
+            OutputError: `path` cannot be written.
+        """
+
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; found before any work is done."""
 

@@ -52,6 +52,12 @@ class OnnxExporter:
     target: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
 
+    def check(self, path: Path) -> None:
+        """See `compress.exporters.exporter.Exporter.check`."""
+        runtime()
+        _packages()
+        _check_writable(path)
+
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; empty if none is known."""
         reasons = []
@@ -78,12 +84,11 @@ class OnnxExporter:
         decode: Decode = "run",
     ) -> Artifact:
         """Write, prove, rename; see `compress.exporters.exporter.Exporter.export`."""
-        runtime()
+        path = Path(path)
+        self.check(path)
         reasons = self.unsupported(graph)
         if reasons:
             raise ExportError("; ".join(reasons))
-        path = Path(path)
-        _check_writable(path)
         model, lowered = build_model(graph, decode)
         model.metadata_props.update(_as_text(metadata or {}))
         with _temporary(path) as folder:
@@ -111,13 +116,11 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
         ExportError: an operator has no ONNX form.
         MissingExtra: the packages that write ONNX are not installed.
     """
-    try:
-        import onnx_ir as ir
-        import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
+    _packages()
+    import onnx_ir as ir
 
-        from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
-    except ImportError as error:
-        raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
+    from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
+
     program = _translate(graph)
     model = program.model
     hidden = _hide(model, graph)
@@ -267,6 +270,15 @@ def _name_dimensions(model: ir.Model, graph: Graph) -> None:
 
 
 # -- writing --------------------------------------------------------------------------------------
+
+
+def _packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401 - torch.onnx needs it and says so less clearly
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
 
 
 def _check_writable(path: Path) -> None:

@@ -175,6 +175,8 @@ def test_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = compress(name, "--help", capsys=capsys)
         assert code == 0
         assert "Usage" in out
+    _, out, _ = compress("--help", capsys=capsys)
+    assert "..." not in out.split("Commands:")[1], "a command's first sentence is too long for the list"
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,10 +346,15 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "bad memory": (nothing, (*GOOD, "--max-memory", "lots"), "4GB"),
     "bad normalize": (nothing, (*GOOD, "--normalize", "1,2"), "--normalize"),
     "unknown target": (nothing, (*GOOD, "--target", "onxx"), "onnx"),
-    "output over the model": (nothing, (*GOOD, "-o", "model.pt"), "model itself"),
+    "output over the model": (nothing, (*GOOD, "-o", "model.pt"), "one of the files read"),
+    "output over the calibration data": (
+        nothing, (*GOOD, "-c", "data.npz", "-o", "data.npz"), "one of the files read"
+    ),
+    "output over the code": (nothing, (*GOOD, "-o", "net.py"), "one of the files read"),
     "output is a folder": (lambda f: (f / "out").mkdir(), (*GOOD, "-o", "out"), "folder"),
     "output in a missing folder": (nothing, (*GOOD, "-o", "no/m.onnx"), "does not exist"),
     "output where nothing can be written": (nothing, (*GOOD, "-o", "/proc/m.onnx"), "/proc"),
+    "command with a near miss": (nothing, ("recipe",), "did you mean `compress recipes`"),
     "unknown option": (nothing, (*GOOD, "--recip", "int8"), "--recipe"),
 }  # fmt: skip
 

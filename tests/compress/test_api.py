@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.errors import CalibrationError, RecipeError
+from compress.errors import CalibrationError, CaptureError, ExportError, RecipeError
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.testing import MODELS, make
 
@@ -116,6 +116,13 @@ def test_signatures_stay() -> None:
     assert list(inspect.signature(compress.verify).parameters)[:2] == ["artifact", "reference"]
     assert sorted(compress.__all__) == compress.__all__
     assert all(hasattr(compress, name) for name in compress.__all__)
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="the model is 3"):
+        compress.run(3, "int8")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="is a Linear"):
+        compress.export(torch.nn.Linear(2, 2), tmp_path / "m.onnx")  # type: ignore[arg-type]
 
 
 def test_importing_needs_no_backend() -> None:
