@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.errors import PassError
 
 BITS = (2, 4, 8)
-"""Supported code widths. A 3-bit grid is a subset of the 4-bit one and has no kernel of its own."""
+"""Supported code widths. A 3-bit grid is a subset of the 4-bit one (`IntEncoding.grid_bits`)."""
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """Block sizes with a fast kernel in ONNX Runtime; -1 stands for one scale per output row."""
@@ -76,11 +76,13 @@ class IntEncoding:
         bits: 2, 4 or 8.
         group_size: columns that share a scale, or -1 for a whole row.
         symmetric: True for the constant zero point ``2**(bits-1)``.
+        grid_bits: set where fewer levels are used than are stored, such as 3 for a 3-bit grid in 4-bit codes.
     """
 
     bits: int
     group_size: int = -1
     symmetric: bool = True
+    grid_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -90,11 +92,25 @@ class IntEncoding:
                 f"group_size={self.group_size} is not supported",
                 expected=f"-1 (one scale per row) or one of {', '.join(map(str, GROUP_SIZES))}",
             )
+        if self.grid_bits is not None and not 1 < self.grid_bits <= self.bits:
+            raise PassError(
+                f"grid_bits={self.grid_bits} is not supported", expected=f"2 to {self.bits}, the stored bits"
+            )
 
     @property
     def levels(self) -> int:
-        """Number of codes, ``2**bits``."""
-        return 1 << self.bits
+        """Number of codes in use, ``2**bits`` unless `grid_bits` says fewer."""
+        return 1 << (self.grid_bits or self.bits)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code in use."""
+        return self.zero - self.levels // 2 if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest code in use."""
+        return self.lowest + self.levels - 1
 
     @property
     def zero(self) -> int:
@@ -119,7 +135,8 @@ class IntEncoding:
 
     def __str__(self) -> str:
         group = "per row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'}"
+        stored = f" in int{self.bits}" if self.grid_bits not in (None, self.bits) else ""
+        return f"int{self.grid_bits or self.bits} {group}{'' if self.symmetric else ' asym'}{stored}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from compress.calibration import Need, Statistics, output_error
 from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
 from compress.passes.solvers.descent import coordinate_descent
-from compress.passes.solvers.scales import round_to_nearest, search_scales
+from compress.passes.solvers.grids import IntegerGrid, Masked, columns_of
+from compress.passes.solvers.scales import Rounded, decoded, round_to_nearest, search_scales
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 _WORTH_IT = 512
@@ -104,10 +105,19 @@ def quantized(
     else:
         rounded = round_to_nearest(matrix, encoding)
     if method == "descent" and statistics is not None and statistics.H is not None:
-        rounded = coordinate_descent(matrix, rounded, statistics.H, encoding)
+        rounded = _descended(matrix, rounded, statistics.H, encoding)
     return encode(
         rounded.codes, rounded.scales, rounded.zero_points, encoding, tuple(weight.shape), weight.dtype
     )
+
+
+def _descended(matrix: Tensor, rounded: Rounded, H: Tensor, encoding: IntEncoding) -> Rounded:
+    groups, columns = H.shape[0], matrix.shape[1]
+    grid = IntegerGrid.of(rounded.scales, rounded.zero_points, encoding, columns, groups)
+    start = decoded(rounded, encoding)
+    masked = Masked(grid, columns_of(matrix, groups) != 0)
+    values = coordinate_descent(matrix, start, H, masked)
+    return Rounded(grid.codes(columns_of(values, groups)), rounded.scales, rounded.zero_points)
 
 
 def _importance(statistics: Statistics | None, matrix: Tensor) -> Tensor | None:

@@ -34,6 +34,17 @@ class Rounded:
     zero_points: Tensor | None
 
 
+def decoded(rounded: Rounded, encoding: IntEncoding) -> Tensor:
+    """The values ``s (q - z)``, float32 ``[O, N]``."""
+    columns = rounded.codes.shape[1]
+    width = encoding.width(columns)
+    scale = rounded.scales.repeat_interleave(width, dim=1)[:, :columns]
+    if rounded.zero_points is None:
+        return (rounded.codes.float() - encoding.zero) * scale
+    zero = rounded.zero_points.float().repeat_interleave(width, dim=1)[:, :columns]
+    return (rounded.codes.float() - zero) * scale
+
+
 def round_to_nearest(weight: Tensor, encoding: IntEncoding) -> Rounded:
     """The plain rule, as baseline and for `scales: absmax`: the full range, no search.
 
@@ -44,7 +55,7 @@ def round_to_nearest(weight: Tensor, encoding: IntEncoding) -> Rounded:
     """
     groups = _grouped(weight.float(), encoding)
     if encoding.symmetric:
-        scale = groups.abs().amax(-1) / (encoding.zero - 1)
+        scale = groups.abs().amax(-1) / (encoding.highest - encoding.zero)
         zero = torch.full_like(scale, encoding.zero)
     else:
         scale, zero = next(_asymmetric(groups, encoding, (1.0,)))
@@ -87,7 +98,7 @@ def _search(weight: Tensor, importance: Tensor | None, encoding: IntEncoding) ->
     # a group whose inputs were never active would leave its scale undefined: give all a little weight
     h = h + 1e-6 * h.mean(-1, keepdim=True).clamp_min(1e-6)
     h = _grouped(h, encoding)
-    ratios = _RATIOS[encoding.bits]
+    ratios = _RATIOS[encoding.grid_bits or encoding.bits]
     candidates = _symmetric(w, encoding, ratios) if encoding.symmetric else _asymmetric(w, encoding, ratios)
     best_scale = best_zero = best_error = None
     for scale, zero in candidates:
@@ -117,6 +128,7 @@ def _search(weight: Tensor, importance: Tensor | None, encoding: IntEncoding) ->
 _RATIOS = {
     # clip ratios tried at each width: the fewer the levels, the more clipping can pay
     2: tuple(0.30 + 0.05 * i for i in range(17)),
+    3: tuple(0.45 + 0.035 * i for i in range(18)),
     4: tuple(0.60 + 0.025 * i for i in range(19)),
     8: (0.97, 0.98, 0.99, 1.0),
 }
@@ -128,8 +140,8 @@ def _symmetric(
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
     zero = torch.full_like(extreme, encoding.zero)
     for ratio in ratios:
-        yield -extreme * ratio / encoding.zero, zero
-        yield extreme * ratio / (encoding.zero - 1), zero
+        yield extreme * ratio / (encoding.lowest - encoding.zero), zero
+        yield extreme * ratio / (encoding.highest - encoding.zero), zero
 
 
 def _asymmetric(
@@ -157,7 +169,8 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def _codes(w: Tensor, scale: Tensor, zero: Tensor, encoding: IntEncoding) -> Tensor:
-    return (torch.round(w / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(0, encoding.levels - 1)
+    codes = torch.round(w / scale.unsqueeze(-1)) + zero.unsqueeze(-1)
+    return codes.clamp_(encoding.lowest, encoding.highest)
 
 
 def _error(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, encoding: IntEncoding) -> Tensor:
