@@ -11,77 +11,49 @@ does not grow with the number of samples.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from compress.encoding import EncodedWeight
 from compress.errors import CalibrationError
-from compress.graph import Graph, Site, argument, has_effect
-from compress.numerics import magnitude
+from compress.graph import Graph, Site, has_effect
 from compress.progress import Progress, Silent
+from compress.statistics import (
+    HELD_OUT_EVERY,
+    Geometry,
+    Need,
+    Statistics,
+    Sums,
+    batched,
+    chunks,
+    output_error,
+)
 
-Need = Literal["diag", "mean", "H", "G"]
+__all__ = ["Need", "Statistics", "Update", "Visitor", "output_error", "sweep"]
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Second-order statistics of a site's input, normalised by the number of rows.
-
-    A row ``x`` (N entries) is one token of a linear layer or one flattened patch ``(C_in/groups, kh, kw)``
-    of a convolution; ``x~`` is the same row in the compressed graph. The first axis counts
-    convolution groups (1 elsewhere). What was not asked for is None.
+class Update:
+    """What a visitor can return to change more than the weight.
 
     Attributes:
-        rows: number of rows seen.
-        diag: float32 ``[groups, N]``, ``E[x~_j^2]``.
-        mean: float32 ``[groups, N]``, ``E[x]`` in the original graph.
-        mean_compressed: float32 ``[groups, N]``, ``E[x~]``.
-        H: float32 ``[groups, N, N]``, ``E[x~ x~^T]``.
-        G: float32 ``[groups, N, N]``, ``E[x~ x^T]``.
+        weight: new values, or an encoding.
+        bias: float ``[O]``, added to the bias of the site's operator; one is made if it has none. Only where
+            `Graph.owns_bias`.
     """
 
-    rows: int
-    diag: Tensor
-    mean: Tensor | None = None
-    mean_compressed: Tensor | None = None
-    H: Tensor | None = None
-    G: Tensor | None = None
+    weight: Tensor | EncodedWeight
+    bias: Tensor | None = None
 
 
-def output_error(weight: Tensor, new: Tensor, statistics: Statistics | None) -> float:
-    """Relative error of a layer's output when its weight changes, a fraction.
-
-    ``sqrt(E|(w - w') x|^2 / E|w x|^2)``, from H if it was collected, else with the covariance taken as
-    diagonal, else (no data) of the weight itself.
-
-    Args:
-        weight, new: ``[O, ...]``, same shape.
-    """
-    groups = 1 if statistics is None else statistics.diag.shape[0]
-    w = weight.detach().float().reshape(groups, weight.shape[0] // groups, -1)
-    size = magnitude(w.flatten())  # squares of very small and very large weights do not fit float32
-    w, d = w / size, (w - new.detach().float().reshape_as(w)) / size
-
-    def energy(m: Tensor) -> float:
-        if statistics is None:
-            return float(m.double().square().sum())
-        if statistics.H is not None:
-            return float(((m @ statistics.H) * m).double().sum())
-        return float((m.square() * statistics.diag.unsqueeze(1)).double().sum())
-
-    total = energy(w)
-    return math.sqrt(max(energy(d), 0.0) / total) if total > 0 else 0.0
-
-
-Visitor = Callable[[Site, Tensor, Statistics | None], Tensor | EncodedWeight | None]
-"""(site, weight, statistics or None without data) -> new values, an encoding, or None to leave it."""
+Visitor = Callable[[Site, Tensor, Statistics | None], Tensor | EncodedWeight | Update | None]
+"""(site, weight, statistics or None without data) -> new values, an encoding, more, or None to leave it."""
 
 
 def sweep(
@@ -134,12 +106,14 @@ def sweep(
             if here is not None:
                 statistics = _statistics(here, node, lane, original, needs, cache)
                 progress.step(here.name)
-                source = _weight_node(node, here)
+                source = _weight_node(node)
                 new = visit(here, graph.weight(here.weight), statistics)
                 _store(result, here, new)
                 if new is not None:
                     # the operator may read the weight through a cast
                     lane.override(source, result.weight(here.weight).to(lane.constant(source).dtype))
+                if isinstance(new, Update) and new.bias is not None:
+                    lane.shift(node, new.bias)
             if node is path[-1]:
                 break  # nobody needs its output, which in a language model is the largest value of all
             lane.compute(node)
@@ -148,15 +122,19 @@ def sweep(
     return result
 
 
-def _store(graph: Graph, site: Site, new: Tensor | EncodedWeight | None) -> None:
+def _store(graph: Graph, site: Site, new: Tensor | EncodedWeight | Update | None) -> None:
+    if isinstance(new, Update):
+        if new.bias is not None:
+            graph.shift_bias(site, new.bias)
+        new = new.weight
     if isinstance(new, EncodedWeight):
         graph.set_encoding(site.weight, new)
     elif new is not None:
         graph.set_weight(site.weight, new)
 
 
-def _weight_node(node: fx.Node, site: Site) -> fx.Node:
-    value = node.args[0 if site.kind == "embedding" else 1]
+def _weight_node(node: fx.Node) -> fx.Node:
+    value = node.args[0 if node.target is torch.ops.aten.embedding.default else 1]
     assert isinstance(value, fx.Node)
     return value
 
@@ -178,7 +156,7 @@ def _statistics(
     assert isinstance(source, fx.Node)
     geometry = None
     if site.kind == "conv":
-        geometry = _Geometry.of(node, tuple(lane.constant(_weight_node(node, site)).shape[2:]))
+        geometry = Geometry.of(node, tuple(lane.constant(_weight_node(node)).shape[2:]))
     key = (source.name, geometry)
     if key not in cache:
         cache[key] = _collect(node, source, lane, original, needs, geometry)
@@ -191,104 +169,29 @@ def _collect(
     lane: _Lane,
     original: _Lane | None,
     needs: frozenset[Need],
-    geometry: _Geometry | None,
+    geometry: Geometry | None,
 ) -> Statistics:
     """Stream over the batches; one row matrix of one batch is the most that is held."""
     twin = original.input_of(node.name) if original is not None else None
-    rows = 0
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, value: Tensor) -> None:
-        sums[name] = value if name not in sums else sums[name].add_(value)
-
+    fitting, held_out = Sums(needs, geometry), Sums(needs, geometry)
+    samples = 0
     for batch in range(lane.batches):
+        mine = lane.value(source, batch)
         other = original.value(twin, batch) if original is not None and twin is not None else None
-        for part in _chunks(lane.value(source, batch), other, geometry):
-            x_tilde = _rows(part[0], geometry)
-            rows += x_tilde.shape[1]
-            add("diag", x_tilde.square().sum(1))
-            if "H" in needs:
-                add("H", x_tilde.mT @ x_tilde)
-            if needs & {"mean", "G"}:
-                x = x_tilde if part[1] is None else _rows(part[1], geometry)
-                add("mean", x.sum(1))
-                add("mean_compressed", x_tilde.sum(1))
-                if "G" in needs:
-                    add("G", x_tilde.mT @ x)
-    return Statistics(rows, **{name: total / max(rows, 1) for name, total in sums.items()})
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """What turns a convolution's input into rows."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    @classmethod
-    def of(cls, node: fx.Node, kernel: tuple[int, ...]) -> _Geometry:
-        rank = len(kernel)
-
-        def each(name: str, default: int) -> tuple[int, ...]:
-            value = argument(node, name, default)
-            values = (value,) if isinstance(value, int) else tuple(value)
-            return values * rank if len(values) == 1 else values
-
-        dilation = each("dilation", 1)
-        padding = argument(node, "padding", 0)
-        if padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            pads = tuple((t // 2, t - t // 2) for t in total)
-        elif padding == "valid":
-            pads = ((0, 0),) * rank
-        else:
-            pads = tuple((p, p) for p in each("padding", 0))
-        return cls(kernel, each("stride", 1), pads, dilation, int(argument(node, "groups", 1)))
-
-
-def _rows(x: Tensor, geometry: _Geometry | None) -> Tensor:
-    """Inputs as float32 rows ``[groups, rows, N]``.
-
-    Linear: ``x`` is ``[..., N]``. Convolution: ``x`` is ``[B, C, *spatial]`` (or unbatched), a row is
-    the patch ``(C/groups, *kernel)`` in the order of ``weight.flatten(1)``.
-    """
-    x = x.float()
-    if geometry is None:
-        return x.reshape(1, -1, x.shape[-1])
-    rank = len(geometry.kernel)
-    if x.ndim == rank + 1:
-        x = x.unsqueeze(0)
-    flat_pads = [p for pair in reversed(geometry.padding) for p in pair]
-    x = torch.nn.functional.pad(x, flat_pads)
-    for axis in range(rank):
-        # after unfolding, the window of this axis is the last axis; dilation takes every d-th of it
-        span = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, span, geometry.stride[axis])[..., :: geometry.dilation[axis]]
-    batch, channels, *rest = x.shape
-    places = math.prod(rest[:rank])
-    x = x.reshape(batch, geometry.groups, channels // geometry.groups, places, -1)
-    return x.permute(1, 0, 3, 2, 4).reshape(geometry.groups, batch * places, -1)
-
-
-_CHUNK = 1 << 24
-"""Elements of rows made at a time; a convolution makes as many of each input element as its kernel has."""
-
-
-def _chunks(
-    x_tilde: Tensor, x: Tensor | None, geometry: _Geometry | None
-) -> Iterable[tuple[Tensor, Tensor | None]]:
-    elements, least = x_tilde.numel(), 2
-    if geometry is not None:
-        elements = elements * math.prod(geometry.kernel) // math.prod(geometry.stride)
-        least = len(geometry.kernel) + 2  # with one axis less, the first is the channels
-    count = max(1, math.ceil(elements / _CHUNK))
-    if x_tilde.ndim < least or count == 1:
-        return [(x_tilde, x)]
-    parts = x_tilde.chunk(count)
-    return zip(parts, x.chunk(count) if x is not None else [None] * len(parts), strict=True)
+        for x_tilde, x in chunks(mine, None if other is mine else other, geometry):
+            if "held_out" not in needs or not batched(x_tilde, geometry):
+                fitting.add(x_tilde, x)
+                continue
+            last = (torch.arange(samples, samples + len(x_tilde)) + 1) % HELD_OUT_EVERY == 0
+            samples += len(x_tilde)
+            for sums, chosen in ((fitting, ~last), (held_out, last)):
+                if bool(chosen.any()):
+                    sums.add(x_tilde[chosen], None if x is None else x[chosen])
+    if not held_out.rows:
+        return fitting.statistics()
+    apart = held_out.statistics()
+    fitting.include(held_out)
+    return replace(fitting.statistics(), held_out=apart)
 
 
 # -- running node by node over all batches ---------------------------------------------------------
@@ -323,6 +226,7 @@ class _Lane:
         self.variable: set[fx.Node] = set()
         self.diverged: set[str] = set()
         self.overridden: set[fx.Node] = set()
+        self.shifts: dict[fx.Node, Tensor] = {}
         self.done = 0
         self.live: set[str] = set()
         for node in self.nodes:
@@ -348,7 +252,7 @@ class _Lane:
         """The value of a node that depends on weights only."""
         if node not in self.constants:
             arguments = {i: self.constant(i) for i in node.all_input_nodes}
-            self.constants[node] = self.graph.evaluate(node, arguments)
+            self.constants[node] = self._evaluate(node, arguments)
         value: Tensor = self.constants[node]
         return value
 
@@ -357,6 +261,15 @@ class _Lane:
         self.constants[node] = value
         self.diverged.add(node.name)
         self.overridden.add(node)
+
+    def shift(self, node: fx.Node, bias: Tensor) -> None:
+        """From here on the channels of this operator's output are shifted."""
+        spatial = self.constant(_weight_node(node)).ndim - 2
+        self.shifts[node] = bias.view(-1, *[1] * spatial)
+
+    def _evaluate(self, node: fx.Node, arguments: dict[fx.Node, Any]) -> Any:
+        value = self.graph.evaluate(node, arguments)
+        return value + self.shifts[node].to(value.dtype) if node in self.shifts else value
 
     def value(self, node: fx.Node, batch: int) -> Any:
         if node not in self.variable:
@@ -391,7 +304,7 @@ class _Lane:
                     value = self.store.get((self.twin.name, node.name, batch))
                 else:
                     arguments = {i: self.value(i, batch) for i in node.all_input_nodes}
-                    value = self.graph.evaluate(node, arguments)
+                    value = self._evaluate(node, arguments)
                 self.store.put(key, value, self.uses[node], here)
             self.live.add(node.name)
             if not shared:

@@ -130,6 +130,23 @@ class Graph:
         """Shape of a weight, without decoding it."""
         return self.encodings[name].shape if name in self.encodings else tuple(self.tensors[name].shape)
 
+    def bias(self, site: Site) -> str | None:
+        """Name of the bias tensor a site's operator reads; None if it reads none, or a computed one."""
+        value = None if site.kind == "embedding" else argument(self.node(site.node), "bias", None)
+        if isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.tensors:
+            return str(value.target)
+        return None
+
+    def owns_bias(self, site: Site) -> bool:
+        """Whether the bias can be changed without changing another operator: it is missing, or read once."""
+        if site.kind == "embedding":
+            return False
+        name = self.bias(site)
+        if name is None:
+            return argument(self.node(site.node), "bias", None) is None
+        readers = [u for n in self.ops.nodes if n.op == "get_attr" and n.target == name for u in n.users]
+        return len(readers) == 1
+
     def node(self, name: str) -> fx.Node:
         """The node of this name."""
         for node in self.ops.nodes:
@@ -223,6 +240,27 @@ class Graph:
         self._forget(name)
         self.tensors.update({f"{name}.{part}": t for part, t in parts.items() if t is not None})
         self.encodings[name] = encoded
+
+    def shift_bias(self, site: Site, shift: Tensor) -> None:
+        """Add to the bias of a linear layer or convolution that `owns_bias`; one that is missing is made.
+
+        Args:
+            shift: float ``[O]``.
+        """
+        dtype = self.weight(site.weight).dtype
+        name = self.bias(site)
+        if name is not None:
+            self.tensors[name] = (self.tensors[name].double() + shift).to(self.tensors[name].dtype)
+            return
+        stem = site.weight.removesuffix(".weight")
+        # nothing may lie below the name of a tensor: a weight "a" and a bias "a.bias" exclude each other
+        name = f"{stem}.bias" if stem != site.weight else f"{stem}_bias"
+        if name in self.tensors:
+            name = f"{name}_correction"
+        self.tensors[name] = shift.to(dtype)
+        node = self.node(site.node)
+        with self.ops.inserting_before(node):
+            set_bias(node, self.ops.get_attr(name))
 
     def prune_dead_code(self) -> list[str]:
         """Remove nodes nobody reads and tensors no node reads; returns the names of those tensors."""
@@ -340,6 +378,16 @@ def argument(node: fx.Node, name: str, default: Any) -> Any:
     names = [a.name for a in schema.arguments]
     position = names.index(name)
     return node.args[position] if position < len(node.args) else default
+
+
+def set_bias(layer: fx.Node, bias: fx.Node) -> None:
+    """Make a linear or convolution node read this bias."""
+    if "bias" in layer.kwargs:
+        layer.kwargs = {**layer.kwargs, "bias": bias}
+    elif len(layer.args) > 2:
+        layer.update_arg(2, bias)
+    else:
+        layer.args = (*layer.args, bias)
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -134,7 +134,8 @@ class Pass(BaseModel):
         if not same or any(graph.tensors[k] is not v for k, v in before.items()):
             raise PassError(f"pass {self.name} changed the graph it was given", expected="a new graph")
         if not self.rewrites_all:
-            allowed = {s.weight for s in self.select(graph)}
+            chosen = self.select(graph)
+            allowed = {s.weight for s in chosen} | {name for s in chosen if (name := graph.bias(s))}
             for name, tensor in before.items():
                 owner = _owner(name, graph)
                 if owner not in allowed and result.graph.tensors.get(name) is not tensor:

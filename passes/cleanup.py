@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from compress.graph import Graph, argument, has_effect
+from compress.graph import Graph, argument, has_effect, set_bias
 from compress.pipeline import Context, Note, Pass, PassResult
 
 _aten = torch.ops.aten
@@ -185,7 +185,7 @@ def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
     graph.tensors[name] = new_bias
     with graph.ops.inserting_before(layer):
         bias_node = graph.ops.get_attr(name)
-    _set_bias(layer, bias_node)
+    set_bias(layer, bias_node)
     norm.replace_all_uses_with(layer)
     graph.ops.erase_node(norm)
     return True
@@ -193,15 +193,6 @@ def _fold_batch_norm(graph: Graph, norm: fx.Node, kept: set[str]) -> bool:
 
 def _reads(graph: Graph, name: str) -> list[fx.Node]:
     return [u for n in graph.ops.nodes if n.op == "get_attr" and n.target == name for u in n.users]
-
-
-def _set_bias(layer: fx.Node, bias: fx.Node) -> None:
-    if "bias" in layer.kwargs:
-        layer.kwargs = {**layer.kwargs, "bias": bias}
-    elif len(layer.args) > 2:
-        layer.update_arg(2, bias)
-    else:
-        layer.args = (*layer.args, bias)
 
 
 def _as_linear(graph: Graph, node: fx.Node) -> bool:

@@ -1,10 +1,12 @@
 """Weight quantization: integer codes with a scale (and zero point) for every group of columns.
 
 Activations stay in floating point (W4A16, W8A16, ...). The weight ``[O, ...]`` is a matrix ``[O, N]``; each
-row is cut into groups of `group_size` columns. Scales are chosen to minimise
-``sum_j E[x_j^2] (w_j - w^_j)^2`` (`compress.passes.solvers.scales`), with ``E[x_j^2]`` from the
-calibration sweep, or all ones without data. Where there is data, the codes are then moved to lower the
-layer's true output error ``E |(w - w^) x|^2`` (`compress.passes.solvers.descent`).
+row is cut into groups of `group_size` columns. How codes and scales are found is in
+`compress.passes.solvers.compose`; without data, scales minimise the plain squared error of the weight.
+
+With bias correction codes are chosen by the covariance of the layer's input, and the bias then takes what is
+left of the mean (Nagel et al. 2019, arXiv 1906.04721, section 4.2): ``b <- b + W E[x] - Q E[x~]``. Together
+that is the minimiser of the output error over codes and bias.
 """
 
 from __future__ import annotations
@@ -14,20 +16,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration import Need, Statistics, output_error
+from compress.calibration import Need, Statistics, Update, output_error
 from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
-from compress.passes.solvers.descent import coordinate_descent
-from compress.passes.solvers.grids import IntegerGrid, Masked, columns_of
-from compress.passes.solvers.scales import Rounded, decoded, round_to_nearest, search_scales
+from compress.passes.solvers.compose import Composed, Inputs, Method, Scales, compose
+from compress.passes.solvers.targets import Moments
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 _WORTH_IT = 512
 """Bytes a weight must save: below, the operators that decode it take more room in the file."""
-
-
-Scales = Literal["search", "absmax"]
-Method = Literal["rtn", "descent"]
 
 
 class QuantizeWeights(Pass):
@@ -38,7 +35,9 @@ class QuantizeWeights(Pass):
     targets: tuple[str, ...] = Field(
         ("linear", "conv", "embedding"), description="kinds, paths, globs or re: patterns"
     )
-    bits: Literal[2, 4, 8] = Field(4, description="bits per weight, scales not counted")
+    bits: Literal[2, 3, 4, 8] = Field(
+        4, description="bits per weight, scales not counted; 3 uses eight levels and is stored as 4"
+    )
     group_size: Literal[-1, 16, 32, 64, 128, 256] = Field(
         32, description="columns that share a scale; -1: one scale for each row"
     )
@@ -47,29 +46,63 @@ class QuantizeWeights(Pass):
         "search", description="weighted search (default), or the plain range of each group"
     )
     method: Method = Field(
-        "descent",
-        description="rtn: round to nearest; descent: then coordinate descent, given calibration data",
+        "best",
+        description="given calibration data: gpfq, gptq or descent alone, or best, which combines them; "
+        "rtn: round to nearest",
+    )
+    bias_correction: bool = Field(
+        True,
+        description="let the bias take the mean of the error, given calibration data; adds a missing bias",
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        encoding = IntEncoding(self.bits, self.group_size, self.symmetric)
+        encoding = IntEncoding(
+            4 if self.bits == 3 else self.bits,
+            self.group_size,
+            self.symmetric,
+            grid_bits=3 if self.bits == 3 else None,
+        )
         changes: list[Change] = []
         notes: list[Note] = []
+        readers: dict[str, int] = {}
+        for site in graph.sites():
+            readers[site.weight] = readers.get(site.weight, 0) + 1
 
-        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> EncodedWeight | None:
+        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update | None:
             declined = self._declined(site, weight, encoding)
             if site.weight in graph.encodings:
                 declined = f"already {graph.encodings[site.weight].encoding}"
             if declined:
                 notes.append(Note(site.name, declined))
                 return None
-            encoded = quantized(weight, statistics, encoding, scales=self.scales, method=self.method)
-            changes.append(_change(site, weight, encoded, statistics))
-            return encoded
+            correct = self.bias_correction and statistics is not None
+            if correct and not (graph.owns_bias(site) and readers[site.weight] == 1):
+                notes.append(Note(site.name, "its weight or bias is shared; the bias is not corrected"))
+                correct = False
+            if correct and statistics is not None:
+                statistics = statistics.centred
+            found = _solved(weight, statistics, encoding, self.scales, self.method)
+            if found.note:
+                notes.append(Note(site.name, found.note))
+            encoded = _encoded(found, weight, encoding)
+            changes.append(_change(site, found.target, encoded, statistics))
+            bias = mean_shift(weight, encoded.decode(), statistics) if correct and statistics else None
+            return Update(encoded, bias)
 
-        needs: frozenset[Need] = frozenset({"diag", "H"} if self.method == "descent" else {"diag"})
-        result = context.sweep(graph, self.select(graph), visit, needs)
+        result = context.sweep(graph, self.select(graph), visit, self._needs())
         return PassResult(result, tuple(changes), tuple(notes))
+
+    def _needs(self) -> frozenset[Need]:
+        needs: set[Need] = {"diag"}
+        if self.method != "rtn":
+            needs.add("H")
+        if self.method in ("best", "gpfq", "descent"):
+            needs.add("G")
+        if self.method == "best":
+            needs.add("held_out")
+        if self.bias_correction:
+            needs.add("mean")
+        return frozenset(needs)
 
     def _declined(self, site: Site, weight: Tensor, encoding: IntEncoding) -> str | None:
         if not weight.is_floating_point():
@@ -89,49 +122,60 @@ def quantized(
     encoding: IntEncoding,
     *,
     scales: Scales = "search",
-    method: Method = "descent",
+    method: Method = "best",
 ) -> EncodedWeight:
     """Quantize one weight; what the pass does at every site.
 
     Args:
         weight: float ``[O, ...]``.
-        statistics: of the site's input; None without data.
+        statistics: of the site's input; None without data. The more of them are there (H, G, held_out), the
+            more `method` can do.
         encoding: the grid and the groups.
         scales, method: options of `QuantizeWeights`.
     """
+    return _encoded(_solved(weight, statistics, encoding, scales, method), weight, encoding)
+
+
+def mean_shift(weight: Tensor, new: Tensor, statistics: Statistics) -> Tensor:
+    """What the bias must take over for the output to keep its mean: ``W E[x] - Q E[x~]``, float32 ``[O]``.
+
+    Args:
+        weight, new: ``[O, ...]``, as it was and as it is now.
+        statistics: with means.
+    """
+    assert statistics.mean is not None and statistics.mean_compressed is not None
+    groups = len(statistics.mean)
+    w, q = (t.float().reshape(groups, t.shape[0] // groups, -1) for t in (weight, new))
+    shift = w @ statistics.mean.unsqueeze(-1) - q @ statistics.mean_compressed.unsqueeze(-1)
+    return shift.flatten()
+
+
+def _solved(
+    weight: Tensor, statistics: Statistics | None, encoding: IntEncoding, scales: Scales, method: Method
+) -> Composed:
     matrix = weight.reshape(weight.shape[0], -1).float()
-    if scales == "search":
-        rounded = search_scales(matrix, _importance(statistics, matrix), encoding)
-    else:
-        rounded = round_to_nearest(matrix, encoding)
-    if method == "descent" and statistics is not None and statistics.H is not None:
-        rounded = _descended(matrix, rounded, statistics.H, encoding)
-    return encode(
-        rounded.codes, rounded.scales, rounded.zero_points, encoding, tuple(weight.shape), weight.dtype
-    )
+    inputs = Inputs()
+    if statistics is not None:
+        fitting = statistics.fitting if method == "best" else None
+        inputs = Inputs(
+            statistics.diag, statistics.H, statistics.G, _moments(fitting), _moments(statistics.held_out)
+        )
+    return compose(matrix, inputs, encoding, scales=scales, method=method)
 
 
-def _descended(matrix: Tensor, rounded: Rounded, H: Tensor, encoding: IntEncoding) -> Rounded:
-    groups, columns = H.shape[0], matrix.shape[1]
-    grid = IntegerGrid.of(rounded.scales, rounded.zero_points, encoding, columns, groups)
-    start = decoded(rounded, encoding)
-    masked = Masked(grid, columns_of(matrix, groups) != 0)
-    values = coordinate_descent(matrix, start, H, masked)
-    return Rounded(grid.codes(columns_of(values, groups)), rounded.scales, rounded.zero_points)
-
-
-def _importance(statistics: Statistics | None, matrix: Tensor) -> Tensor | None:
-    """``E[x_j^2]`` for each column, ``[N]``, or for each row's group ``[O, N]``."""
-    if statistics is None:
+def _moments(statistics: Statistics | None) -> Moments | None:
+    if statistics is None or statistics.H is None or statistics.G is None:
         return None
-    groups = statistics.diag.shape[0]
-    if groups == 1:
-        return statistics.diag[0]
-    return statistics.diag.repeat_interleave(matrix.shape[0] // groups, dim=0)
+    return Moments(statistics.H, statistics.G)
 
 
-def _change(site: Site, weight: Tensor, encoded: EncodedWeight, statistics: Statistics | None) -> Change:
-    decoded = encoded.decode()
+def _encoded(found: Composed, weight: Tensor, encoding: IntEncoding) -> EncodedWeight:
+    codes, scales, zeros = found.rounded.codes, found.rounded.scales, found.rounded.zero_points
+    return encode(codes, scales, zeros, encoding, tuple(weight.shape), weight.dtype)
+
+
+def _change(site: Site, target: Tensor, encoded: EncodedWeight, statistics: Statistics | None) -> Change:
+    weight = decoded = encoded.decode()
     return Change(
         site=site.name,
         weight=site.weight,
@@ -140,5 +184,5 @@ def _change(site: Site, weight: Tensor, encoded: EncodedWeight, statistics: Stat
         sparsity=float((decoded == 0).double().mean()),
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=encoded.nbytes,
-        error=output_error(weight, decoded, statistics),
+        error=output_error(target.view_as(decoded), decoded, statistics),
     )

@@ -49,10 +49,10 @@ def coordinate_descent(
     w, q = (columns_of(t.to(H.dtype), groups) for t in (weight, values))
     inherited = None if G is None else torch.bmm(G - H, w)
     H = damped(H, damping)
-    inverse = 1 / H.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    feedback = inverse * H
+    diagonal = H.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    feedback = H / diagonal
     if inherited is not None:
-        inherited *= inverse
+        inherited /= diagonal
     for _ in range(sweeps):
         # in units of the weight: q + r / H_tt
         wanted = torch.baddbmm(q, feedback, w - q)

@@ -13,8 +13,8 @@ from second moments, ``H = X~^T X~`` and ``G = X~^T X``, whose size does not dep
     q_t = Q( [ sum_{j<=t} G[t, j] w_j - sum_{j<t} H[t, j] q_j ] / H[t, t] )
 
 Sources: Lybrand and Saab 2021 (arXiv 2010.15703); Zhang, Zhou and Saab 2023 (arXiv 2201.11113), section 2.
-An input that is never active (``H[t, t] = 0``) says nothing about its weight, rounded as it is; the
-authors' code writes 0.
+An input that is never active (``H[t, t] = 0``) says nothing about its weight; it is rounded as it is,
+where the authors' code writes 0.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def refit_survivors(
     mask: Tensor,
     H: Tensor,
     *,
+    G: Tensor | None = None,
     damping: float = 0.01,
     iterations: int = 60,
     tolerance: float = 1e-4,
@@ -29,6 +30,8 @@ def refit_survivors(
         weight: float ``[O, N]``, before pruning; its rows belong to the groups of H in order.
         mask: bool ``[O, N]``, True = kept.
         H: float32 ``[G, N, N]``, second moments of the inputs, one for each convolution group.
+        G: float32 ``[groups, N, N]``, ``E[x~ x^T]``, where the inputs of the original network differ: the
+            right-hand side is then ``(w G^T)_S``.
         damping: added to the diagonal, as a fraction of its mean. The pull is towards `weight`, not
             towards zero.
         iterations: of conjugate gradients at most.
@@ -38,18 +41,21 @@ def refit_survivors(
         float32 ``[O, N]``, zero where `mask` is False.
     """
     groups, columns = H.shape[0], weight.shape[1]
-    w = weight.float().reshape(groups, -1, columns)
+    w = weight.to(H.dtype).reshape(groups, -1, columns)
     keep = mask.reshape_as(w)
     # the residuals are squared: of values around 1, they stay within the range of float32
     size = magnitude(w)
     w = w / size
-    H = H / magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
+    unit = magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
+    H, G = H / unit, None if G is None else G / unit
     diagonal = H.diagonal(dim1=1, dim2=2)
     ridge = damping * diagonal.mean(1).clamp_min(1e-30)
-    A = H + ridge.view(-1, 1, 1) * torch.eye(columns)
+    A = H + ridge.view(-1, 1, 1) * torch.eye(columns, dtype=H.dtype)
     inverse = 1 / (diagonal + ridge.unsqueeze(1)).unsqueeze(1)
     v = torch.where(keep, w, 0.0)
     residual = torch.where(keep, (w - v) @ A, 0.0)
+    if G is not None:
+        residual += torch.where(keep, w @ (G - H).mT, 0.0)
     start = residual.square().sum(-1, keepdim=True)
     z = inverse * residual
     direction, rho = z, (residual * z).sum(-1, keepdim=True)

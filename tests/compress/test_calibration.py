@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compress
-from compress.calibration import (
-    _CHUNK,
-    Statistics,
-    _chunks,
-    _Geometry,
-    _rows,
-    _ValueStore,
-    output_error,
-    sweep,
-)
+from compress.calibration import Statistics, Update, _ValueStore, output_error, sweep
 from compress.errors import CalibrationError
 from compress.graph import Site
+from compress.passes.cleanup import Cleanup
 from compress.passes.quantize_weights import QuantizeWeights
+from compress.statistics import CHUNK, Geometry, chunks, rows_of
 from compress.testing import MODELS, assert_close, make
 
 ALL = frozenset({"diag", "mean", "H", "G"})
@@ -101,6 +94,62 @@ def test_the_compressed_prefix_is_seen(max_memory: int) -> None:
         assert_close(x_tilde.mean(0), s.mean_compressed[0], db=70)
 
 
+def test_held_out_samples_are_a_part_of_all() -> None:
+    module, batches = make("encoder"), batches_of("encoder")  # 7 samples: the fifth is held out
+    graph = compress.capture(module, batches[0], inputs=MODELS["encoder"].specs)
+    ids, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    held, rest = (ids[4:5], mask[4:5]), (ids[[0, 1, 2, 3, 5, 6]], mask[[0, 1, 2, 3, 5, 6]])
+    found = collect(graph, batches, needs=ALL | {"held_out"}, reference=graph)
+    for name in found:
+        s, fitting = found[name], found[name].fitting
+        assert s.held_out is not None
+        assert fitting is not None
+        assert (s.held_out.rows, fitting.rows, s.rows) == (9, 54, 63)
+        for part, samples in ((s, [held, rest]), (s.held_out, [held]), (fitting, [rest])):
+            x = layer_inputs(module, samples)[name]
+            assert_close(x.T @ x / len(x), part.H[0], db=90)
+            assert_close(x.T @ x / len(x), part.G[0], db=90)
+            assert_close(x.mean(0), part.mean[0], db=70)
+            centred = part.centred
+            assert_close(torch.cov(x.T, correction=0), centred.H[0], db=70)
+            assert_close(torch.cov(x.T, correction=0), centred.G[0], db=70)
+            assert_close(x.var(0, correction=0), centred.diag[0], db=60)
+
+
+def test_too_few_samples_to_hold_any_out() -> None:
+    graph = compress.capture(make("encoder"), batches_of("encoder")[0], inputs=MODELS["encoder"].specs)
+    found = collect(graph, [MODELS["encoder"].inputs(4)], needs=ALL | {"held_out"}, reference=graph)
+    assert all(s.held_out is None and s.fitting is None for s in found.values())
+
+
+def test_a_shifted_bias_is_seen_by_the_layers_after_it() -> None:
+    """Same statistics behind it, and the same graph, as of a model that had that bias."""
+    for name, first, after in (("convnet", "conv1", "fc1"), ("tied_lm", "mlp", ""), ("products", "a", "b")):
+        module, batches = make(name), batches_of(name)
+        graph = compress.run(module, [Cleanup()], example_inputs=batches[0]).graph
+        site = next(s for s in graph.sites() if s.name == first or s.weight == first)
+        shift = torch.randn(graph.shape(site.weight)[0], generator=torch.Generator().manual_seed(3))
+        direct = graph.copy()
+        direct.shift_bias(site, shift)
+        seen: dict[str, Statistics] = {}
+
+        def visit(
+            here: Site, weight: Tensor, statistics: Statistics | None, site: Site = site,
+            shift: Tensor = shift, seen: dict[str, Statistics] = seen,
+        ) -> Update | None:  # fmt: skip
+            if statistics is not None:
+                seen[here.name] = statistics
+            return Update(weight, shift) if here == site else None
+
+        result = sweep(graph, graph.sites(), visit, batches=batches, needs=frozenset({"H"}))
+        for want, have in zip(direct.run(batches[0]), result.run(batches[0]), strict=True):
+            assert_close(want, have, db=120)
+        truth = collect(direct, batches, needs=frozenset({"H"}))
+        for key in seen:
+            assert_close(truth[key].H, seen[key].H, db=80)
+        assert not after or after in " ".join(seen)
+
+
 def test_the_sweep_returns_the_changed_graph_and_keeps_the_old_one() -> None:
     module, batches = make("tied_lm"), batches_of("tied_lm")
     graph = compress.capture(module, batches[0])
@@ -139,8 +188,8 @@ def test_rows_times_weight_is_the_convolution(
     x = torch.randn(2, 4, *size, generator=generator)
     weight = torch.randn(8, 4 // groups, *kernel, generator=generator)
     want = nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
-    geometry = _Geometry(kernel, (stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2, groups)
-    rows = _rows(x, geometry)
+    geometry = Geometry(kernel, (stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2, groups)
+    rows = rows_of(x, geometry)
     out = rows @ weight.flatten(1).view(groups, 8 // groups, -1).mT  # [groups, rows, O/groups]
     have = out.permute(1, 0, 2).reshape(2, -1, 8).mT.reshape(want.shape)
     assert_close(want, have, db=100)
@@ -148,13 +197,13 @@ def test_rows_times_weight_is_the_convolution(
 
 def test_rows_are_made_in_pieces_of_bounded_size() -> None:
     """Also those of a large kernel, which are many times the input."""
-    geometry = _Geometry((9, 9), (1, 1), ((4, 4), (4, 4)), (1, 1), 1)
+    geometry = Geometry((9, 9), (1, 1), ((4, 4), (4, 4)), (1, 1), 1)
     x = torch.empty(12, 16, 64, 64, device="meta")
-    parts = [part for part, _ in _chunks(x, None, geometry)]
+    parts = [part for part, _ in chunks(x, None, geometry)]
     assert sum(len(part) for part in parts) == 12
-    assert max(part.numel() * 81 for part in parts) <= _CHUNK or max(map(len, parts)) == 1
+    assert max(part.numel() * 81 for part in parts) <= CHUNK or max(map(len, parts)) == 1
     unbatched = torch.empty(4096, 64, 64, device="meta")
-    assert len(list(_chunks(unbatched, None, geometry))) == 1
+    assert len(list(chunks(unbatched, None, geometry))) == 1
 
 
 def test_spilling_does_not_look_at_every_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,27 @@ def encoded(weight: Tensor) -> compress.EncodedWeight:
     return encode(found.codes, found.scales, None, encoding, tuple(weight.shape), weight.dtype)
 
 
+def test_shifting_a_bias_shifts_the_output() -> None:
+    """Of layers with a bias and without; the graph it was copied from keeps its own."""
+    graph = captured("convnet")
+    x = MODELS["convnet"].inputs(3)
+    for name, shape in (("fc2", (10,)), ("depthwise", (16,))):
+        site = next(s for s in graph.sites() if s.name == name)
+        assert graph.owns_bias(site)
+        shift = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        changed = graph.copy()
+        changed.shift_bias(site, shift)
+        assert_close(graph.tensors[f"{name}.bias"] + shift, changed.tensors[f"{name}.bias"], db=120)
+        if name == "fc2":
+            assert_close(graph.run(x)[0] + shift, changed.run(x)[0], db=100)
+            assert_close(changed.run(x)[0], changed.module()(*x), db=100)
+    site = next(s for s in graph.sites() if s.name == "conv1")
+    assert graph.bias(site) is None
+    assert graph.owns_bias(site)
+    embedding = captured("tied_lm").sites()[0]
+    assert not captured("tied_lm").owns_bias(embedding)
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_all_ways_of_running_agree(name: str) -> None:
     module, graph = make(name), captured(name)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import compress
+from compress.passes.cleanup import Cleanup
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.testing import MODELS, assert_close, make
@@ -35,18 +37,82 @@ def test_outputs_stay_close(name: str, bits: int, db: float, symmetric: bool) ->
 
 
 def test_every_step_of_the_ladder_helps() -> None:
-    """Plain rounding, searched scales, descent: the error on the calibration data falls."""
+    """Plain rounding, searched scales, descent, all of them: the error on the calibration data falls."""
     errors = []
-    for options in ({"scales": "absmax", "method": "rtn"}, {"method": "rtn"}, {}):
+    plain = {"method": "rtn", "bias_correction": False}
+    for options in ({**plain, "scales": "absmax"}, plain, {"method": "descent"}, {}):
         module, result = run("encoder", QuantizeWeights(bits=2, group_size=16, **options))  # type: ignore[arg-type]
         inputs = MODELS["encoder"].inputs(8)
         with torch.no_grad():
             errors.append((module(*inputs)["hidden"] - result.graph.run(inputs)[0]).norm().item())
-    assert errors[0] > errors[1] > errors[2]
+    assert errors == sorted(errors, reverse=True)
 
 
-def test_two_of_four_survives() -> None:
-    _, result = run("encoder", PruneMagnitude(pattern="2:4"), QuantizeWeights(bits=4))
+@pytest.mark.parametrize("method", ["best", "gptq", "gpfq", "descent", "rtn"])
+@pytest.mark.parametrize("name", ["convnet", "encoder"])
+def test_every_method_on_every_layer(name: str, method: str) -> None:
+    quantize = QuantizeWeights(bits=4, group_size=16, method=method)  # type: ignore[arg-type]
+    module, result = run(name, quantize)
+    inputs = MODELS[name].inputs(3)
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(module(*inputs))
+    for want, have in zip(expected, result.graph.run(inputs), strict=True):
+        assert_close(want, have, db=8)
+
+
+def test_bias_correction_keeps_the_mean_of_every_output() -> None:
+    """Also of a layer that had no bias, and of one with groups."""
+    for corrected in (True, False):
+        module, result = run("convnet", Cleanup(), QuantizeWeights(bits=2, bias_correction=corrected))
+        x = torch.cat([MODELS["convnet"].inputs(8)[0], MODELS["convnet"].inputs(5)[0]])
+        with torch.no_grad():
+            want, have = module(x), result.graph.run([x])[0]
+        difference = (want - have).mean(0).norm() / want.std(0).norm()
+        assert (difference < 1e-4) == corrected
+    _, result = run("tied_lm", QuantizeWeights(bits=4))
+    assert not [n for n in result.graph.tensors if n.startswith("embed") and "bias" in n]
+
+
+def test_a_missing_bias_is_added_and_a_shared_one_left_alone() -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Linear(32, 32)
+            self.two = torch.nn.Linear(32, 32)
+            self.two.bias = self.one.bias
+            self.last = torch.nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.two(self.one(x).relu()).relu())
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator)
+    module = Shared().eval()
+    result = compress.run(module, [QuantizeWeights(bits=2)], example_inputs=(x,), calibration=[(x,)])
+    biases = {n: t for n, t in result.graph.tensors.items() if "bias" in n}
+    assert len(biases) == 2
+    assert torch.equal(next(t for n, t in biases.items() if n != "last.bias"), module.one.bias)
+    assert biases["last.bias"].abs().max() > 0
+    notes = {n.site for n in result.report.passes[0].notes if "shared" in n.reason}
+    assert notes == {"one", "two"}
+
+
+def test_three_bits_are_eight_levels_stored_as_four() -> None:
+    for symmetric in (True, False):
+        _, result = run("encoder", QuantizeWeights(bits=3, group_size=16, symmetric=symmetric))
+        for change in result.report.passes[0].changes:
+            encoded = result.graph.encodings[change.weight]
+            codes = encoded.unpacked()[0]
+            low = 4 if symmetric else 0
+            assert low <= int(codes.min()) <= int(codes.max()) <= low + 7
+            assert "int3" in change.action
+            assert change.bits == 8 * encoded.nbytes / encoded.decode().numel() > 4
+
+
+@pytest.mark.parametrize("method", ["best", "gptq", "gpfq", "descent", "rtn"])
+def test_two_of_four_survives(method: Any) -> None:
+    _, result = run("encoder", PruneMagnitude(pattern="2:4"), QuantizeWeights(bits=4, method=method))
     pruned = result.report.passes[0].changes
     for change in pruned:
         kept = (result.graph.weight(change.weight) != 0).unflatten(-1, (-1, 4)).sum(-1)
