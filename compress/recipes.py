@@ -34,6 +34,34 @@ passes:
     group_size: 32
     symmetric: false
 """,
+    "int3": """
+metadata:
+  name: int3
+  description: Eight levels in groups of 32, stored as 4 bits. No smaller than int4 until runtimes take 3.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 3
+    group_size: 32
+    symmetric: false
+""",
+    "int2": """
+metadata:
+  name: int2
+  description: 2-bit weights in groups of 32, embeddings in 4 bits. A tenth of the size, at a visible cost.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 4
+    group_size: 32
+    symmetric: false
+    targets: [embedding]
+  - pass: quantize_weights
+    bits: 2
+    group_size: 32
+    symmetric: false
+    targets: [linear, conv]
+""",
     "int4-sparse": """
 metadata:
   name: int4-sparse

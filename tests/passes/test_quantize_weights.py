@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +154,21 @@ def test_an_encoded_weight_is_not_encoded_again() -> None:
     _, result = run("encoder", QuantizeWeights(bits=8), QuantizeWeights(bits=4))
     assert not result.report.passes[1].changes
     assert all("already int8" in n.reason for n in result.report.passes[1].notes)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("convnet", "int2"), ("encoder", "int3"), ("tied_lm", "int2")])
+def test_few_bits_and_new_biases_can_be_written(name: str, recipe: str, tmp_path: Path) -> None:
+    example = MODELS[name]
+    result = compress.run(
+        make(name),
+        recipe,
+        example_inputs=example.inputs(2),
+        inputs=example.specs,
+        calibration=[example.inputs(8)],
+    )
+    artifact = compress.export(result.graph, tmp_path / "model.onnx")  # proves the file
+    assert {e.encoding.bits for e in result.graph.encodings.values()} <= {2, 4}
+    assert artifact.path.stat().st_size > 0
 
 
 def test_same_seed_same_bytes() -> None:
