@@ -143,7 +143,8 @@ class Graph:
             return False
         name = self.bias(site)
         if name is None:
-            return argument(self.node(site.node), "bias", None) is None
+            # behind a cast the operator computes in another precision than the weight is stored in
+            return argument(self.node(site.node), "bias", None) is None and not self._is_cast(site)
         readers = [u for n in self.ops.nodes if n.op == "get_attr" and n.target == name for u in n.users]
         return len(readers) == 1
 
@@ -240,6 +241,14 @@ class Graph:
         self._forget(name)
         self.tensors.update({f"{name}.{part}": t for part, t in parts.items() if t is not None})
         self.encodings[name] = encoded
+
+    def _is_cast(self, site: Site) -> bool:
+        weight = self.node(site.node).args[1]
+        return (
+            isinstance(weight, fx.Node)
+            and weight.target is torch.ops.aten.to.dtype
+            and site.weight not in self.encodings
+        )
 
     def shift_bias(self, site: Site, shift: Tensor) -> None:
         """Add to the bias of a linear layer or convolution that `owns_bias`; one that is missing is made.

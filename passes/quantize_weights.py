@@ -28,7 +28,7 @@ _WORTH_IT = 512
 
 
 class QuantizeWeights(Pass):
-    """Encode weights as 2-, 4- or 8-bit integers."""
+    """Encode weights as 2-, 3-, 4- or 8-bit integers."""
 
     name: ClassVar[str] = "quantize_weights"
 
@@ -77,7 +77,9 @@ class QuantizeWeights(Pass):
                 return None
             correct = self.bias_correction and statistics is not None
             if correct and not (graph.owns_bias(site) and readers[site.weight] == 1):
-                notes.append(Note(site.name, "its weight or bias is shared; the bias is not corrected"))
+                notes.append(
+                    Note(site.name, "its bias cannot be corrected for it alone; it or the weight is shared")
+                )
                 correct = False
             if correct and statistics is not None:
                 statistics = statistics.centred

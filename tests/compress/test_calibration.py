@@ -301,11 +301,13 @@ class Cast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64, bias=False)
         self.last = nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.first.weight.bfloat16(), self.first.bias.bfloat16()
-        return self.last(nn.functional.linear(x.bfloat16(), weight, bias).float())
+        x = nn.functional.linear(x.bfloat16(), weight, bias)
+        return self.last(nn.functional.linear(x, self.second.weight.bfloat16()).float())
 
 
 def test_a_weight_behind_a_cast() -> None:
@@ -313,7 +315,7 @@ def test_a_weight_behind_a_cast() -> None:
     # without cleanup, which would store the weight as it is used
     result = compress.run(Cast(), [QuantizeWeights()], example_inputs=(x,), calibration=[x])
     assert {e.dtype for e in result.graph.encodings.values()} == {torch.float32}
-    assert set(result.graph.encodings) == {"first.weight", "last.weight"}
+    assert set(result.graph.encodings) == {"first.weight", "second.weight", "last.weight"}
     assert result.graph.run([x])[0].isfinite().all()
 
 
