@@ -332,7 +332,7 @@ def test_an_input_without_batch_is_not_cut_by_channels(monkeypatch: pytest.Monke
     module, x = nn.Conv2d(4, 8, 3), torch.randn(4, 9, 9)
     graph = compress.capture(module, (x,), inputs=["!4,9,9"])
     whole = collect(graph, [(x,)], needs=frozenset({"diag", "H"}))
-    monkeypatch.setattr("compress.calibration._CHUNK", 100)
+    monkeypatch.setattr("compress.statistics.CHUNK", 100)
     cut = collect(graph, [(x,)], needs=frozenset({"diag", "H"}))
     for name, statistics in whole.items():
         assert statistics.rows == cut[name].rows == 49
