@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from compress.encoding import EncodedWeight
+from compress.encoding import Encoded
 from compress.errors import CalibrationError
 from compress.graph import Graph, Site, has_effect
 from compress.progress import Progress, Silent
@@ -48,11 +48,11 @@ class Update:
             `Graph.owns_bias`.
     """
 
-    weight: Tensor | EncodedWeight
+    weight: Tensor | Encoded
     bias: Tensor | None = None
 
 
-Visitor = Callable[[Site, Tensor, Statistics | None], Tensor | EncodedWeight | Update | None]
+Visitor = Callable[[Site, Tensor, Statistics | None], Tensor | Encoded | Update | None]
 """(site, weight, statistics or None without data) -> new values, an encoding, more, or None to leave it."""
 
 
@@ -122,12 +122,12 @@ def sweep(
     return result
 
 
-def _store(graph: Graph, site: Site, new: Tensor | EncodedWeight | Update | None) -> None:
+def _store(graph: Graph, site: Site, new: Tensor | Encoded | Update | None) -> None:
     if isinstance(new, Update):
         if new.bias is not None:
             graph.shift_bias(site, new.bias)
         new = new.weight
-    if isinstance(new, EncodedWeight):
+    if isinstance(new, Encoded):
         graph.set_encoding(site.weight, new)
     elif new is not None:
         graph.set_weight(site.weight, new)

@@ -1,4 +1,7 @@
-"""Integer weight encodings: how a quantized weight is stored, and how it is decoded.
+"""Encoded weights: what every encoding has in common, the packing of codes, and the integer encoding.
+
+An `Encoded` weight is a few tensors and the operator that makes a float weight of them. The encoding
+with codebooks is in `compress.codebook`; here is the one with integers.
 
 One canonical packing serves every target. A weight of shape ``[O, ...]`` is viewed as a matrix
 ``[O, N]`` (``N`` = product of the other dimensions, torch order) and each row is cut into groups
@@ -19,7 +22,10 @@ bit flipped.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +33,7 @@ from torch import Tensor
 from compress.errors import PassError
 
 BITS = (2, 4, 8)
-"""Supported code widths. A 3-bit grid is a subset of the 4-bit one (`IntEncoding.grid_bits`)."""
+"""Supported widths of integers. A 3-bit grid is a subset of the 4-bit one (`IntEncoding.grid_bits`)."""
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """Block sizes with a fast kernel in ONNX Runtime; -1 stands for one scale per output row."""
@@ -38,7 +44,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 ``[..., N]`` with values below ``2**bits``.
-        bits: 2, 4 or 8.
+        bits: 1 to 8; a code whose width does not divide 8 may lie across two bytes.
 
     Returns:
         uint8 ``[..., ceil(N * bits / 8)]``; the last byte is padded with zero bits.
@@ -46,9 +52,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     >>> pack(torch.tensor([1, 2, 15], dtype=torch.uint8), 4).tolist()
     [33, 15]
     """
-    per_byte = 8 // bits
-    if per_byte == 1:
+    if bits == 8:
         return codes.to(torch.uint8).contiguous()
+    if 8 % bits:
+        places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+        return pack(((codes.to(torch.uint8).unsqueeze(-1) >> places) & 1).flatten(-2), 1)
+    per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte))
     lanes = padded.reshape(*padded.shape[:-1], -1, per_byte).to(torch.int32)
     shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=codes.device)
@@ -63,9 +72,58 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """
     if bits == 8:
         return packed[..., :length]
+    if 8 % bits:
+        places = torch.arange(bits, dtype=torch.uint8, device=packed.device)
+        single = unpack(packed, 1, length * bits).unflatten(-1, (length, bits))
+        return (single << places).sum(-1, dtype=torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     lanes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return lanes.flatten(-2)[..., :length]
+
+
+class Encoded(ABC):
+    """A weight as stored: tensors, and the operator that decodes them.
+
+    In a graph the weight NAME is a call of `operator`, and each of its tensors is read there as
+    ``NAME.<part>``. What is not a tensor stands in the call as a constant.
+
+    Attributes:
+        encoding: the format; its ``str`` names it in reports.
+        shape, dtype: of the weight that `decode` gives.
+    """
+
+    encoding: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def operator(self) -> torch._ops.OpOverload:
+        """Decodes to a float32 tensor of `shape`."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors by name. One is called ``codes``; it is the operator's first argument."""
+
+    @abstractmethod
+    def arguments(self, parts: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Arguments of `operator`, where `parts` are the tensors or what stands for them in a graph."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight as a matrix ``[shape[0], columns]``."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of the stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+    def decode(self) -> Tensor:
+        """The weight, `shape` and `dtype` as before encoding."""
+        weight: Tensor = self.operator(*self.arguments(self.parts))
+        return weight.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,11 +198,8 @@ class IntEncoding:
 
 
 @dataclass(frozen=True)
-class EncodedWeight:
-    """A weight as stored: packed codes, scales and zero points (layouts in the module docstring).
-
-    ``shape`` and ``dtype`` are those of the weight it decodes to.
-    """
+class EncodedWeight(Encoded):
+    """A weight of integers: packed codes, scales and zero points (layouts in the module docstring)."""
 
     encoding: IntEncoding
     codes: Tensor
@@ -154,14 +209,18 @@ class EncodedWeight:
     dtype: torch.dtype
 
     @property
-    def columns(self) -> int:
-        return math.prod(self.shape[1:])
+    def operator(self) -> torch._ops.OpOverload:
+        return torch.ops.compress.dequantize.default
 
     @property
-    def nbytes(self) -> int:
-        """Exact bytes of the stored tensors."""
-        parts = [self.codes, self.scales, *([] if self.zero_points is None else [self.zero_points])]
-        return sum(t.numel() * t.element_size() for t in parts)
+    def parts(self) -> dict[str, Tensor]:
+        parts = {"codes": self.codes, "scales": self.scales}
+        return parts if self.zero_points is None else {**parts, "zero_points": self.zero_points}
+
+    def arguments(self, parts: Mapping[str, Any]) -> tuple[Any, ...]:
+        width = self.encoding.width(self.columns)
+        tensors = (parts["codes"], parts["scales"], parts.get("zero_points"))
+        return (*tensors, self.encoding.bits, width, list(self.shape))
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """Codes ``[O, N]`` and zero points ``[O, groups]``, both uint8, one value per element."""
@@ -172,18 +231,6 @@ class EncodedWeight:
         else:
             zeros = unpack(self.zero_points, bits, groups)
         return codes, zeros
-
-    def decode(self) -> Tensor:
-        """The weight, `shape` and `dtype` as before encoding."""
-        weight = dequantize(
-            self.codes,
-            self.scales,
-            self.zero_points,
-            self.encoding.bits,
-            self.encoding.width(self.columns),
-            list(self.shape),
-        )
-        return weight.to(self.dtype)
 
 
 def encode(

@@ -2,8 +2,8 @@
 
 A `Graph` is a value: passes take one and return another (`copy` shares the tensors, so it is
 cheap). A `Site` is one (operator, weight) pair of it. Tied weights are one weight with several
-sites. An encoded weight stands in the graph as ``compress::dequantize(codes, scales, ...)`` in front
-of the unchanged operator, so every graph runs, whatever has been done to it.
+sites. An encoded weight stands in the graph as a call such as ``compress::dequantize(codes, scales, ...)``
+in front of the unchanged operator, so every graph runs, whatever has been done to it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from compress.encoding import EncodedWeight
+from compress.encoding import Encoded
 from compress.errors import InputSpecError, PassError
 from compress.inputs import InputSpec
 
@@ -35,7 +35,6 @@ _KINDS: dict[Any, tuple[Kind, int]] = {
 }
 _WORTH_NAMING = 1024
 """Entries of a weight below which nobody asks why it is still in floating point."""
-_DEQUANTIZE = torch.ops.compress.dequantize.default
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Graph:
     Attributes:
         ops: the operators; `get_attr` targets are keys of `tensors` or `submodules`.
         tensors: parameters, buffers and constants by name.
-        encodings: encoded weights by name; their parts are in `tensors` as ``<name>.codes`` etc.
+        encodings: encoded weights by name; their parts are in `tensors` as ``<name>.<part>``.
         inputs: name, dtype, shape and dynamic axes of each flat input, in order.
         output_names: one for each flat output; None where the model returns None.
         submodules: bodies of higher-order operators, by attribute name.
@@ -78,7 +77,7 @@ class Graph:
     codegen: Any
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
-    encodings: dict[str, EncodedWeight] = field(default_factory=dict)
+    encodings: dict[str, Encoded] = field(default_factory=dict)
     submodules: dict[str, torch.nn.Module] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -163,7 +162,7 @@ class Graph:
     @property
     def parameters(self) -> int:
         """Number of weights, encoded ones counted decoded; buffers of integers are not counted."""
-        hidden = {f"{name}.{part}" for name in self.encodings for part in _PARTS}
+        hidden = {f"{name}.{part}" for name, encoded in self.encodings.items() for part in encoded.parts}
         plain = sum(t.numel() for n, t in self.tensors.items() if n not in hidden and t.is_floating_point())
         return plain + sum(torch.Size(e.shape).numel() for e in self.encodings.values())
 
@@ -174,10 +173,11 @@ class Graph:
             return str(value.target)
         if value.op == "call_function" and value.target is torch.ops.aten.to.dtype:
             return self._weight_name(value.args[0])
-        if value.op == "call_function" and value.target is _DEQUANTIZE:
-            codes = value.args[0]
-            assert isinstance(codes, fx.Node)
-            return str(codes.target).removesuffix(".codes")
+        codes = value.args[0] if value.op == "call_function" and value.args else None
+        if isinstance(codes, fx.Node) and codes.op == "get_attr":
+            name = str(codes.target).removesuffix(".codes")
+            encoded = self.encodings.get(name)
+            return name if encoded is not None and value.target is encoded.operator else None
         return None
 
     # -- rewriting -------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Graph:
             self._forget(name)
         self.tensors[name] = value.contiguous()
 
-    def set_encoding(self, name: str, encoded: EncodedWeight) -> None:
+    def set_encoding(self, name: str, encoded: Encoded) -> None:
         """Replace a weight by its encoding: every site of it now reads the decoded codes."""
         old = self.weight(name)
         if encoded.shape != tuple(old.shape) or encoded.dtype != old.dtype:
@@ -222,16 +222,9 @@ class Graph:
                 expected=f"{old.dtype} {list(old.shape)}",
             )
         node = self._weight_node(name)
-        parts = {"codes": encoded.codes, "scales": encoded.scales, "zero_points": encoded.zero_points}
         with self.ops.inserting_before(node):
-            attributes = [
-                None if tensor is None else self.ops.get_attr(f"{name}.{part}")
-                for part, tensor in parts.items()
-            ]
-            width = encoded.encoding.width(encoded.columns)
-            decode = self.ops.call_function(
-                _DEQUANTIZE, (*attributes, encoded.encoding.bits, width, list(encoded.shape))
-            )
+            parts = {part: self.ops.get_attr(f"{name}.{part}") for part in encoded.parts}
+            decode = self.ops.call_function(encoded.operator, encoded.arguments(parts))
             value = decode
             if encoded.dtype != torch.float32:
                 value = self.ops.call_function(torch.ops.aten.to.dtype, (decode, encoded.dtype))
@@ -239,7 +232,7 @@ class Graph:
         self._erase(node)
         self.tensors.pop(name, None)
         self._forget(name)
-        self.tensors.update({f"{name}.{part}": t for part, t in parts.items() if t is not None})
+        self.tensors.update({f"{name}.{part}": tensor for part, tensor in encoded.parts.items()})
         self.encodings[name] = encoded
 
     def _is_cast(self, site: Site) -> bool:
@@ -284,9 +277,9 @@ class Graph:
 
     def _forget(self, name: str) -> None:
         """Drop the encoding of a weight and the tensors it consists of."""
-        self.encodings.pop(name, None)
-        for part in _PARTS:
-            self.tensors.pop(f"{name}.{part}", None)
+        if name in self.encodings:
+            for part in self.encodings.pop(name).parts:
+                del self.tensors[f"{name}.{part}"]
 
     def _weight_node(self, name: str) -> fx.Node:
         encoded = name in self.encodings
@@ -376,9 +369,6 @@ class Graph:
         return fx.GraphModule(root, graph, class_name="CompressedModule").eval()
 
 
-_PARTS = ("codes", "scales", "zero_points")
-
-
 def argument(node: fx.Node, name: str, default: Any) -> Any:
     """An operator's argument by its schema name, given by position or keyword or left out."""
     if name in node.kwargs:
@@ -411,9 +401,9 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return result
 
 
-def _is_part(name: str, encodings: Mapping[str, EncodedWeight]) -> bool:
+def _is_part(name: str, encodings: Mapping[str, Encoded]) -> bool:
     owner, _, part = name.rpartition(".")
-    return part in _PARTS and owner in encodings
+    return owner in encodings and part in encodings[owner].parts
 
 
 def has_effect(node: fx.Node) -> bool:

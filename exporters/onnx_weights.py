@@ -62,13 +62,13 @@ def lower_weights(
         encodings: by the name of the placeholder.
         fold_below: number of weights under which a linear layer is decoded when the file is loaded.
     """
-    builder = _Builder(model)
+    builder = Builder(model)
     lowered = []
     for name, encoded in encodings.items():
         value = next((v for v in model.graph.inputs if v.name == name), None)
         if value is None:
             continue  # nothing reads it
-        uses = _uses(value)
+        uses = readers(value)
         kinds = {kind for kind, _, _ in uses}
         if len(uses) > 1 and kinds <= {"linear", "embedding"}:
             form = builder.shared(name, encoded, uses)
@@ -83,12 +83,12 @@ def lower_weights(
     return lowered
 
 
-_Use = tuple[str, ir.Node, int]
+Use = tuple[str, ir.Node, int]
 
 
-def _uses(value: ir.Value) -> list[_Use]:
+def readers(value: ir.Value) -> list[Use]:
     """(kind, node, input index) of every reader; a Transpose in between is looked through."""
-    found: list[_Use] = []
+    found: list[Use] = []
     for node, index in value.uses():
         if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [1, 0]:
             for reader, at in node.outputs[0].uses():
@@ -112,14 +112,16 @@ def _plain_gemm(node: ir.Node) -> bool:
     )
 
 
-class _Builder:
+class Builder:
+    """Nodes and initializers of the forms, in the model given."""
+
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
 
     # -- the forms -------------------------------------------------------------------------------
 
-    def linear(self, name: str, encoded: EncodedWeight, use: _Use) -> Lowered:
+    def linear(self, name: str, encoded: EncodedWeight, use: Use) -> Lowered:
         encoding = encoded.encoding
         if encoding.bits == 2:
             return self.shared(name, encoded, [use])
@@ -153,13 +155,13 @@ class _Builder:
         kind = ("INT" if encoding.symmetric else "UINT") + str(encoding.bits)
         return Lowered(name, f"DequantizeLinear({kind}) -> MatMul", "MatMulNBits", (f"{name}/decode",))
 
-    def embedding(self, name: str, encoded: EncodedWeight, use: _Use) -> Lowered:
+    def embedding(self, name: str, encoded: EncodedWeight, use: Use) -> Lowered:
         block, scales, zeros = _blocks(encoded, embedding_only=True)
         inputs = [self.initializer(f"{name}.codes", encoded.codes.numpy())]
         self.gather(name, use[1], inputs[0], self.block_inputs(name, scales, zeros), encoded, block)
         return Lowered(name, "GatherBlockQuantized", "GatherBlockQuantized")
 
-    def shared(self, name: str, encoded: EncodedWeight, uses: list[_Use]) -> Lowered:
+    def shared(self, name: str, encoded: EncodedWeight, uses: list[Use]) -> Lowered:
         """One blob for all readers."""
         bits = encoded.encoding.bits
         block, scales, zeros = _blocks(encoded, embedding_only=False)

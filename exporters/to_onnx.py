@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, fx
 
 from compress.artifact import Artifact, Lowered
+from compress.codebook import CodebookWeight
+from compress.encoding import EncodedWeight
 from compress.errors import CompressError, ExportError, MissingExtra, OutputError, VerificationError
 from compress.exporters.ort import Session, runtime
 from compress.graph import Graph
@@ -69,6 +71,9 @@ class OnnxExporter:
                     f"{len(names)} weights are {str(dtype).removeprefix('torch.')} (e.g. {names[0]}), for "
                     "which ONNX Runtime has no CPU kernels; convert the module with .float() first"
                 )
+        for name, encoded in graph.encodings.items():
+            if not isinstance(encoded, EncodedWeight | CodebookWeight):
+                reasons.append(f"{name} is encoded as {encoded.encoding}, which has no ONNX form")
         if graph.submodules:
             reasons.append("the model holds sub-graphs (torch.cond or similar), which are not written yet")
         return reasons
@@ -119,6 +124,7 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
     _packages()
     import onnx_ir as ir
 
+    from compress.exporters.onnx_codebook import lower_codebooks
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
 
     program = _translate(graph)
@@ -132,7 +138,10 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
             value.const_value = hidden[str(value.name)]
             model.graph.register_initializer(value)
     fold_below = math.inf if decode == "load" else FOLD_BELOW
-    lowered = lower_weights(model, graph.encodings, fold_below=fold_below)
+    encoded = graph.encodings.items()
+    integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
+    codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
+    lowered = lower_weights(model, integers, fold_below=fold_below) + lower_codebooks(model, codebooks)
     common = ir.passes.common
     for step in (
         common.RemoveUnusedNodesPass(),

@@ -8,4 +8,5 @@ from __future__ import annotations
 
 OPS: dict[str, str] = {
     "dequantize": "compress::dequantize",
+    "dequantize_codebook": "compress::dequantize_codebook",
 }

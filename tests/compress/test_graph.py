@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import compress
-from compress.encoding import IntEncoding, encode
+from compress.codebook import CodebookEncoding, encode_codebook
+from compress.encoding import Encoded, IntEncoding, encode
 from compress.errors import InputSpecError, PassError
 from compress.passes.solvers.scales import search_scales
 from compress.testing import MODELS, assert_close, make
@@ -42,6 +45,15 @@ def test_shifting_a_bias_shifts_the_output() -> None:
     assert graph.owns_bias(site)
     embedding = captured("tied_lm").sites()[0]
     assert not captured("tied_lm").owns_bias(embedding)
+
+
+def with_codebook(weight: Tensor) -> Encoded:
+    """Whatever codes: what the graph does with an encoding does not depend on how good it is."""
+    codes = (torch.arange(weight.numel()) % 8).reshape(weight.shape[0], -1).to(torch.uint8)
+    table, scales = torch.linspace(-1, 0.75, 8), torch.ones(weight.shape[0], 1)
+    return encode_codebook(
+        codes, table, scales, CodebookEncoding("kmeans", 3, -1), tuple(weight.shape), weight.dtype
+    )
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -82,12 +94,14 @@ def test_tied_weights_are_one_weight_with_two_sites() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_encode_decode_and_back(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("encoder", [encoded, with_codebook])
+def test_encode_decode_and_back(dtype: torch.dtype, encoder: Callable[[Tensor], Encoded]) -> None:
     module = nn.Sequential(nn.Linear(24, 20), nn.Linear(20, 3)).to(dtype).eval()
     graph = compress.capture(module, (torch.zeros(2, 24, dtype=dtype),))
     work = graph.copy()
-    work.set_encoding("0.weight", encoded(graph.weight("0.weight")))
+    work.set_encoding("0.weight", encoder(graph.weight("0.weight")))
     assert "0.weight" not in work.tensors
+    assert work.parameters == graph.parameters
     assert work.weight("0.weight").dtype == dtype
     assert work.nbytes < graph.nbytes
     x = torch.randn(3, 24).to(dtype)
@@ -97,6 +111,17 @@ def test_encode_decode_and_back(dtype: torch.dtype) -> None:
     assert not work.encodings
     assert_close(graph.run([x])[0], work.run([x])[0], db=100)
     assert graph.parameters == work.parameters
+
+
+def test_one_encoding_takes_the_place_of_another() -> None:
+    work = captured("encoder").copy()
+    weight = work.weight("up.weight")
+    work.set_encoding("up.weight", encoded(weight))
+    work.set_encoding("up.weight", with_codebook(weight))
+    parts = {name for name in work.tensors if name.startswith("up.weight")}
+    assert parts == {"up.weight.codes", "up.weight.table", "up.weight.scales"}
+    assert_close(with_codebook(weight).decode(), work.weight("up.weight"), db=200)
+    assert "up.weight" in {site.weight for site in work.sites()}
 
 
 def test_a_copy_is_independent() -> None:
