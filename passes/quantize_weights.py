@@ -17,13 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration import Need, Statistics, Update, output_error
-from compress.encoding import EncodedWeight, IntEncoding, encode
+from compress.encoding import Encoded, EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
 from compress.passes.solvers.compose import Composed, Inputs, Method, Scales, compose
 from compress.passes.solvers.targets import Moments
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
-_WORTH_IT = 512
+WORTH_IT = 512
 """Bytes a weight must save: below, the operators that decode it take more room in the file."""
 
 
@@ -87,7 +87,7 @@ class QuantizeWeights(Pass):
             if found.note:
                 notes.append(Note(site.name, found.note))
             encoded = _encoded(found, weight, encoding)
-            changes.append(_change(site, found.target, encoded, statistics))
+            changes.append(change(site, found.target, encoded, statistics))
             bias = mean_shift(weight, encoded.decode(), statistics) if correct and statistics else None
             return Update(encoded, bias)
 
@@ -111,7 +111,7 @@ class QuantizeWeights(Pass):
             return f"{weight.dtype} is not a floating-point weight"
         rows, columns = weight.shape[0], weight[0].numel()
         saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
-        if saved < _WORTH_IT:
+        if saved < WORTH_IT:
             return f"only {max(saved, 0)} bytes to save; left as it is"
         if site.kind == "embedding" and columns % encoding.width(columns):
             return f"{columns} columns are no multiple of group_size {self.group_size}; left as it is"
@@ -176,7 +176,12 @@ def _encoded(found: Composed, weight: Tensor, encoding: IntEncoding) -> EncodedW
     return encode(codes, scales, zeros, encoding, tuple(weight.shape), weight.dtype)
 
 
-def _change(site: Site, target: Tensor, encoded: EncodedWeight, statistics: Statistics | None) -> Change:
+def change(site: Site, target: Tensor, encoded: Encoded, statistics: Statistics | None) -> Change:
+    """The report's row for a weight that was encoded.
+
+    Args:
+        target: what the encoding was made to stand for, ``[O, ...]`` or ``[O, N]``.
+    """
     weight = decoded = encoded.decode()
     return Change(
         site=site.name,

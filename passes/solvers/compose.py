@@ -106,7 +106,7 @@ def _compose(
     if method == "best" and inputs.G is not None and H is not None and inputs.held_out and inputs.fitting:
         target = choose_target(weight, Moments(H, inputs.G), inputs.fitting, inputs.held_out)
     if scales == "search":
-        start = search_scales(target, _importance(inputs.diag, weight), encoding)
+        start = search_scales(target, importance(inputs.diag, weight), encoding)
     else:
         start = round_to_nearest(target, encoding)
     if H is None or method == "rtn":
@@ -156,7 +156,7 @@ class _Searched:
         return replace(self.rounded, codes=codes)
 
 
-def _importance(diag: Tensor | None, weight: Tensor) -> Tensor | None:
+def importance(diag: Tensor | None, weight: Tensor) -> Tensor | None:
     """``E[x_j^2]`` for each column, ``[N]``, or for each row's group ``[O, N]``."""
     if diag is None:
         return None
