@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.codebook import CodebookEncoding
+from compress.numerics import magnitude
 from compress.passes.solvers.codebooks import Coded, nearest, values
 
 _BLOCK = 128
@@ -41,6 +42,7 @@ def codebook_descent(
     """
     groups, columns = H.shape[0], weight.shape[1]
     w = weight.float().reshape(groups, -1, columns)
+    H = H / magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
     mean = H.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     H = H + damping * mean.view(-1, 1, 1) * torch.eye(columns)
     diagonal = H.diagonal(dim1=1, dim2=2)

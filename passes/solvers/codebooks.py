@@ -17,12 +17,14 @@ Sources of the tables:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.codebook import CodebookEncoding
+from compress.numerics import magnitude
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -34,8 +36,9 @@ NF4 = (
 _WEIGHTS_AT_ONCE = 1 << 21
 """Weights worked on at a time: bounds the memory of the search to a few dozen MB."""
 
-_SAMPLE = 1 << 16
-"""Weights from which the exponent is found."""
+_EXPONENT_SAMPLE = 1 << 16
+_TABLE_SAMPLE = 1 << 22
+"""Weights, in whole rows spread evenly, from which the exponent or the centres are found."""
 
 _BINS = 512
 """Bins of the histogram that k-means is solved on."""
@@ -63,8 +66,10 @@ def fit_codebook(
     """
     w = weight.float()
     h = torch.ones_like(w) if importance is None else importance.float().expand_as(w)
+    # errors are squares: of values around 1, they stay within what float32 can tell apart
+    h = h / magnitude(h.flatten())
     # a group whose inputs were never active would leave its scale undefined: give all a little weight
-    h = h + 1e-6 * h.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    h = h + 1e-6 * h.mean(-1, keepdim=True).clamp_min(1e-6)
     if encoding.table == "nf4":
         return fit_scales(w, h, torch.tensor(NF4), encoding)
     if encoding.table == "power":
@@ -102,7 +107,7 @@ def fit_exponent(weight: Tensor, importance: Tensor, encoding: CodebookEncoding)
     The error is locally convex in the exponent (PowerQuant, section 3.3): a coarse grid, then a fine one
     around its best point.
     """
-    every = max(1, weight.numel() // _SAMPLE)
+    every = math.ceil(weight.numel() / _EXPONENT_SAMPLE)
     w, h = weight[::every], importance[::every]
 
     def error(hundredths: int) -> float:
@@ -122,10 +127,12 @@ def learned_table(weight: Tensor, importance: Tensor, scales: Tensor, encoding: 
         weight, importance: float ``[O, N]``.
         scales: float ``[O, groups]``; groups whose scale is 0 are left out.
     """
+    every = math.ceil(weight.numel() / _TABLE_SAMPLE)
+    weight, importance, scales = weight[::every], importance[::every], scales[::every].double()
     scale = scales.repeat_interleave(encoding.width(weight.shape[1]), dim=1)[:, : weight.shape[1]]
     used = scale != 0
-    points = (weight[used] / scale[used]).double()
-    mass = (importance[used] * scale[used].square()).double()
+    points = weight[used] / scale[used]
+    mass = importance[used] * scale[used].square()
     return kmeans(points, mass, encoding.levels).float()
 
 
@@ -216,7 +223,9 @@ _RATIOS = {
 
 
 def _fit_scales(weight: Tensor, importance: Tensor, table: Tensor, encoding: CodebookEncoding) -> Coded:
-    w, h = _grouped(weight, encoding), _grouped(importance, encoding)
+    original, h = _grouped(weight, encoding), _grouped(importance, encoding)
+    size = magnitude(original)
+    w, h = original / size, h / magnitude(h)
     extreme = _extreme(w)
     best = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
     least = torch.full_like(best, torch.inf)
@@ -238,17 +247,21 @@ def _fit_scales(weight: Tensor, importance: Tensor, table: Tensor, encoding: Cod
     for _ in range(4):
         refit = (h * w * levels).sum(-1) / (h * levels.square()).sum(-1).clamp_min(1e-30)
         attempt(torch.where(refit == 0, best, refit))
-    codes = nearest(w / best.unsqueeze(-1), table)
-    return Coded(codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8), table, best)
+    scale = best * size.squeeze(-1)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = nearest(original / scale.unsqueeze(-1), table)
+    return Coded(codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8), table, scale)
 
 
 def weighted_error(weight: Tensor, importance: Tensor, coded: Coded, encoding: CodebookEncoding) -> float:
-    """``sum h (w - w^)^2``.
+    """``sum h (w - w^)^2``, in units of a power of two that depends on the weight only.
 
     Args:
         weight, importance: float ``[O, N]``.
     """
-    return float((importance * (weight - values(coded, encoding)).square()).double().sum())
+    size = magnitude(weight.flatten())
+    d = (weight - values(coded, encoding)) / size
+    return float((importance * d.square()).double().sum())
 
 
 def values(coded: Coded, encoding: CodebookEncoding) -> Tensor:

@@ -200,3 +200,18 @@ def test_same_input_same_table() -> None:
     weight, encoding = noise(40, 64), CodebookEncoding("kmeans", 3, 32)
     first, second = fit_codebook(weight, None, encoding), fit_codebook(weight, None, encoding)
     assert torch.equal(first.table, second.table) and torch.equal(first.codes, second.codes)
+
+
+@pytest.mark.parametrize("table", ["nf4", "kmeans", "power"])
+def test_the_size_of_weights_and_inputs_does_not_matter(table: Any) -> None:
+    """float32 holds neither the square of 1e-21 nor that of 1e20."""
+    encoding = CodebookEncoding(table, 4, 16)
+    weight, x = noise(6, 40), noise(200, 40, seed=1)
+    H = (x.T @ x / 200).unsqueeze(0)
+    wanted = codebook_descent(weight, fit_codebook(weight, H[0].diagonal(), encoding), H, encoding)
+    for size, inputs in ((2.0**-80, 2.0**100), (2.0**70, 2.0**-100)):
+        start = fit_codebook(weight * size, H[0].diagonal() * inputs, encoding)
+        found = codebook_descent(weight * size, start, H * inputs, encoding)
+        assert torch.equal(found.codes, wanted.codes)
+        assert torch.allclose(found.table, wanted.table, atol=1e-6)
+        assert torch.allclose(found.scales / size, wanted.scales, rtol=1e-5)
