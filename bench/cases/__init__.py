@@ -58,6 +58,11 @@ CASES: dict[str, Case] = {
             ("package:sklearn",),
         ),
         Case(
+            "codebook",
+            "NF4, learned and power tables against integers: error of the weights, speed of a layer",
+            "bench.cases.codebook:run",
+        ),
+        Case(
             "minilm",
             "all-MiniLM-L6-v2 from its Hugging Face folder: size, sentence embeddings, speed",
             "bench.cases.minilm:run",
