@@ -25,7 +25,7 @@ def run(name: str, *passes: compress.Pass, calibrated: bool = True) -> tuple[Any
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("convnet", "nf4"), ("encoder", "kmeans"), ("tied_lm", "nf4"), ("products", "power")]
+    ("name", "table"), [("convnet", "nf4"), ("encoder", "kmeans"), ("products", "power")]
 )
 def test_outputs_stay_close(name: str, table: Any) -> None:
     module, result = run(name, QuantizeCodebook(table=table, group_size=16))
@@ -98,7 +98,7 @@ def test_a_combination_that_does_not_exist() -> None:
 
 
 def test_same_seed_same_bytes() -> None:
-    _, first = run("encoder", QuantizeCodebook(table="kmeans"))
-    _, second = run("encoder", QuantizeCodebook(table="kmeans"))
+    _, first = run("products", QuantizeCodebook(table="kmeans"))
+    _, second = run("products", QuantizeCodebook(table="kmeans"))
     for name, tensor in first.graph.tensors.items():
         assert torch.equal(tensor, second.graph.tensors[name])
