@@ -12,7 +12,7 @@ tied         as linear; the embedding reads the same weight float weight, folded
 The codes in the file are the bytes of `compress.codebook`, two 4-bit codes a byte, so the file is as
 small as the encoding says; speed and memory of a product are those of float. ``MatMulBnb4`` reads NF4
 as well and is deliberately not written: on the CPU it decodes the weight on every call and reached
-0.05x to 0.3x of the speed of float at 1 and 8 rows, 0.75x at 128 (384x384 to 1024x4096, one thread).
+0.08x to 0.3x of the speed of float at 1 and 8 rows, 0.8x at 128 (384x384 to 1024x4096, one thread).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _EXPONENT_SAMPLE = 1 << 16
 _TABLE_SAMPLE = 1 << 22
 """Weights, in whole rows spread evenly, from which the exponent or the centres are found."""
 
-_BINS = 512
+_BINS = 256
 """Bins of the histogram that k-means is solved on."""
 
 
