@@ -10,7 +10,8 @@ from __future__ import annotations
 from compress.api import Result, export, run, verify
 from compress.artifact import Artifact, Verification
 from compress.capture import capture
-from compress.encoding import EncodedWeight, IntEncoding
+from compress.codebook import CodebookEncoding, CodebookWeight
+from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError
 from compress.graph import Graph, Site
 from compress.inputs import InputSpec
@@ -21,8 +22,11 @@ from compress.report import Report
 __all__ = [
     "Artifact",
     "Change",
+    "CodebookEncoding",
+    "CodebookWeight",
     "CompressError",
     "Context",
+    "Encoded",
     "EncodedWeight",
     "Graph",
     "InputSpec",

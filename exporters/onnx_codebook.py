@@ -5,7 +5,7 @@ reader       form in the file                               ONNX Runtime makes o
 ============ ============================================== ========================================
 linear, conv shift and mask -> Gather(table) -> Mul         float weight, folded at load
 embedding    Gather(codes) -> shift and mask ->             the same: only the rows looked up are
-             Gather(table) -> Mul                           decoded, the table stays packed
+             Gather(table) -> Mul                           decoded, the weight stays packed
 tied         as linear; the embedding reads the same weight float weight, folded at load
 ============ ============================================== ========================================
 
