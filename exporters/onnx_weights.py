@@ -31,6 +31,13 @@ import torch
 
 from compress.artifact import Lowered
 from compress.encoding import EncodedWeight, pack
+from compress.exporters.onnx_activations import (
+    integer_convolution,
+    integer_filter,
+    integer_input,
+    integer_product,
+    is_integer_weight,
+)
 
 FOLD_BELOW = 1 << 16
 """Weights of a linear layer under which float is faster than MatMulNBits, also at batch 1: measured
@@ -70,7 +77,13 @@ def lower_weights(
             continue  # nothing reads it
         uses = readers(value)
         kinds = {kind for kind, _, _ in uses}
-        if len(uses) > 1 and kinds <= {"linear", "embedding"}:
+        nodes = [node for _, node, _ in uses]
+        whole = encoded.dtype == torch.float32  # integer products give float32
+        if whole and kinds == {"linear"} and is_integer_weight(encoded) and all(map(integer_input, nodes)):
+            form = integer_product(builder, name, encoded, nodes)
+        elif whole and len(uses) == 1 and (conv := integer_convolution(nodes[0], encoded)):
+            form = integer_filter(builder, name, encoded, conv)
+        elif len(uses) > 1 and kinds <= {"linear", "embedding"}:
             form = builder.shared(name, encoded, uses)
         elif kinds == {"linear"} and math.prod(encoded.shape) >= fold_below:
             form = builder.linear(name, encoded, uses[0])

@@ -81,7 +81,10 @@ class Session:
 
 
 def decoded_on_every_call(path: Path, nodes: dict[str, str]) -> list[str]:
-    """Weights whose decoding operator is still there after the runtime has optimised the graph.
+    """Weights whose standard operator is still there after the runtime has optimised the graph.
+
+    An operator of the runtime's own domain may carry the name on: that is the fused one.
+
 
     Args:
         path: the ONNX file.
@@ -93,4 +96,4 @@ def decoded_on_every_call(path: Path, nodes: dict[str, str]) -> list[str]:
         optimized = Path(folder) / "optimized.onnx"
         Session(path, keep_optimized=optimized)
         left = onnx.load(optimized, load_external_data=False).graph.node
-        return sorted({nodes[n.name] for n in left if n.name in nodes})
+        return sorted({nodes[n.name] for n in left if n.name in nodes and not n.domain})

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from compress.activations import QUANTIZERS
 from compress.artifact import Artifact, Lowered
 from compress.codebook import CodebookWeight
 from compress.encoding import EncodedWeight
 from compress.errors import CompressError, ExportError, MissingExtra, OutputError, VerificationError
+from compress.exporters.onnx_activations import translations
 from compress.exporters.ort import Session, runtime
 from compress.graph import Graph
 from compress.numerics import sqnr_db
@@ -46,6 +48,12 @@ _EXTERNAL = 1 << 30
 _EXACT_DB = 50.0
 _INT8_ACTIVATIONS_DB = 25.0
 """MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
+
+
+_ROUNDED_ACTIVATIONS_DB = 30.0
+"""Where activations are rounded, file and graph are the same integers but for ties: sums in another order
+differ by 1e-7, which now and then moves a value to the next code, and every layer that follows adds to it, up
+to the level of the rounding itself (47 dB for a ResNet-18, measured). So no tighter limit can hold."""
 
 
 class OnnxExporter:
@@ -184,6 +192,7 @@ def _translate(graph: Graph) -> Any:
                 opset_version=OPSET,
                 input_names=[str(s.name) for s in graph.inputs],
                 output_names=[n for n in graph.output_names if n is not None],
+                custom_translation_table=translations(),
             )
     except Exception as error:
         raise ExportError(
@@ -368,7 +377,8 @@ def _prove(
     session = Session(path, exact=True)
     plain = graph.decoded()
     inexact = any("MatMulNBits" in form.form for form in lowered)
-    limit = _INT8_ACTIVATIONS_DB if inexact else _EXACT_DB
+    rounded = any(node.target in QUANTIZERS for node in graph.ops.nodes)
+    limit = _INT8_ACTIVATIONS_DB if inexact else _ROUNDED_ACTIVATIONS_DB if rounded else _EXACT_DB
     worst = float("inf")
     trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
     for inputs in [*trials, *samples]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
 from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
+from compress.passes.smooth import Smooth
 from compress.pipeline import Pass
 
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "prune_magnitude": PruneMagnitude,
+    "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,
     "quantize_weights": QuantizeWeights,
+    "smooth": Smooth,
 }

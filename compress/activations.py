@@ -1,0 +1,156 @@
+"""Quantized activations: how a rounded activation stands in the graph, and what it is on the target.
+
+Two operators say "from here on this value is an 8-bit integer"; both return float32, on the grid of that
+integer, so a graph that holds them runs anywhere and computes what the integer kernels compute up to the
+order of summation::
+
+    compress::fake_quantize(x, scale, zero_point)    range known beforehand, from calibration (static)
+    compress::fake_quantize_dynamic(x)               range of this very call (dynamic)
+
+The integers are uint8. A symmetric signed one, as TensorRT wants, is the same numbers with the zero point
+128: ``int8 code = uint8 code - 128``; so one calibrated graph serves both.
+
+Both follow ONNX to the bit: ``QuantizeLinear`` (``saturate(round_half_even(x / scale) + zero_point)``) and
+``DynamicQuantizeLinear`` (the range always holds zero; ``scale = (max - min) / 255``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEVELS = 256
+"""Codes of an activation, 0 to 255."""
+
+
+PAIR_LIMIT = 128
+"""Largest sum of the magnitudes of two neighbouring int8 codes of one sign that a 16-bit accumulator takes:
+255 * 128 < 2^15 <= 255 * 129. See `saturates`."""
+
+
+def pairs_of(codes: Tensor) -> Tensor:
+    """Neighbours (0, 1), (2, 3), ...: ``[O, N]`` -> ``[O, ceil(N / 2), 2]``, an odd last one beside zero."""
+    return torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+
+
+def saturates(codes: Tensor) -> Tensor:
+    """Which rows of an int8 weight can overflow on processors without VNNI; bool ``[O]``.
+
+    These add two neighbouring products with uint8 activations in 16 bits, with saturation
+    (``vpmaddubsw``; Intel oneDNN developer guide, "Nuances of int8 computations").
+
+    Args:
+        codes: signed integers ``[O, N]`` in the kernel's order of summation (`summation_order`).
+    """
+    pairs = pairs_of(codes.long())
+    over = pairs.clamp(min=0).sum(-1) > PAIR_LIMIT
+    under = pairs.clamp(max=0).sum(-1) < -PAIR_LIMIT
+    return (over | under).any(1)
+
+
+def summation_order(shape: Sequence[int]) -> Tensor:
+    """The columns of ``weight.flatten(1)`` as integer kernels sum them: channels last; int64 ``[N]``.
+
+    Args:
+        shape: of the weight, ``[O, C, *kernel]``.
+    """
+    columns = math.prod(shape[1:])
+    return torch.arange(columns).view(shape[1], -1).t().flatten()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the 8-bit codes of an activation lie: ``value = (code - zero_point) * scale``.
+
+    Attributes:
+        scale: positive, representable in float32.
+        zero_point: 0 to 255; 128 is the symmetric form.
+    """
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of(cls, low: float, high: float, *, symmetric: bool = False) -> Grid:
+        """The grid over a range, widened to hold zero exactly.
+
+        >>> Grid.of(0.0, 255.0)
+        Grid(scale=1.0, zero_point=0)
+        >>> Grid.of(-1.0, 0.5, symmetric=True).zero_point
+        128
+        """
+        low, high = min(low, 0.0), max(high, 0.0)
+        if symmetric:
+            # 127 steps on either side; code 0 (int8 -128) stays free, as TensorRT leaves it
+            scale, zero = max(-low, high) / 127, 128
+        else:
+            scale = (high - low) / (LEVELS - 1)
+            zero = round(-low / scale) if scale > 0 else 0
+        return cls(float(torch.tensor(scale)) or 1.0, zero)
+
+    @property
+    def low(self) -> float:
+        """The smallest value on the grid."""
+        return -self.zero_point * self.scale
+
+    @property
+    def high(self) -> float:
+        """The largest value on the grid."""
+        return (LEVELS - 1 - self.zero_point) * self.scale
+
+
+@torch.library.custom_op("compress::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Round to uint8 and back on a known grid; ONNX ``QuantizeLinear`` -> ``DequantizeLinear``.
+
+    Args:
+        x: float32, any shape.
+        scale, zero_point: of a `Grid`.
+
+    Returns:
+        float32, the shape of `x`.
+    """
+    return _round(x, torch.tensor(scale), torch.tensor(float(zero_point)))
+
+
+@torch.library.custom_op("compress::fake_quantize_dynamic", mutates_args=())
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """Round to uint8 and back on the range of `x` itself; ONNX ``DynamicQuantizeLinear`` and back.
+
+    Args:
+        x: float32, any shape; one range for the whole tensor.
+
+    Returns:
+        float32, the shape of `x`.
+    """
+    if not x.numel():
+        return x.clone()
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / (LEVELS - 1)
+    scale = torch.where(high == low, torch.ones_like(scale), scale)
+    return _round(x, scale, torch.round((-low / scale).clamp(0, LEVELS - 1)))
+
+
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    codes = (torch.round(x / scale) + zero_point).clamp_(0, LEVELS - 1)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@fake_quantize_dynamic.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+STATIC = torch.ops.compress.fake_quantize.default
+DYNAMIC = torch.ops.compress.fake_quantize_dynamic.default
+QUANTIZERS = (STATIC, DYNAMIC)
+"""The two operators, as targets of graph nodes."""

@@ -1,0 +1,139 @@
+"""Quantized activations in ONNX: the standard forms that ONNX Runtime fuses into integer kernels.
+
+================ =========================================================== =====================
+layer            form in the file                                            ONNX Runtime makes it
+================ =========================================================== =====================
+linear, dynamic  DynamicQuantizeLinear -> MatMulInteger(INT8) -> Cast -> Mul DynamicQuantizeMatMul
+                 (-> Add)
+shared input     one DynamicQuantizeLinear, then the same for each layer     MatMulIntegerToFloat
+convolution,     QuantizeLinear -> DequantizeLinear -> Conv (weight: INT8    QLinearConv
+static           -> DequantizeLinear) -> Relu -> QuantizeLinear -> ...
+addition, static the same around Add                                         QLinearAdd
+================ =========================================================== =====================
+
+The rounding operators translate to ``QuantizeLinear`` or ``DynamicQuantizeLinear`` and ``DequantizeLinear``:
+the right value wherever nothing more is done. Weights of linear layers and convolutions on rounded values
+are written here. Biases stay float: TensorRT wants them so, and ONNX Runtime rounds them as it fuses.
+
+A weight takes an integer form only if no pair of its codes can overflow 16 bits
+(`compress.activations.saturates`), so the products are exact on every processor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.activations import DYNAMIC, STATIC, saturates, summation_order
+from compress.artifact import Lowered
+from compress.encoding import EncodedWeight
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def translations() -> dict[Any, Any]:
+    """How `torch.onnx` writes the rounding operators."""
+    from onnxscript import opset21 as op
+
+    def static(x: Any, scale: float, zero_point: int) -> Any:
+        s = op.Constant(value_float=scale)
+        z = op.Cast(op.Constant(value_int=zero_point), to=2)
+        return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
+
+    def dynamic(x: Any) -> Any:
+        codes, scale, zero_point = op.DynamicQuantizeLinear(x)
+        return op.DequantizeLinear(codes, scale, zero_point)
+
+    return {STATIC: static, DYNAMIC: dynamic}
+
+
+def integer_input(node: ir.Node) -> ir.Node | None:
+    """The DynamicQuantizeLinear whose rounded values a linear layer reads; None if there is none."""
+    value = node.inputs[0]
+    decode = None if value is None else value.producer()
+    if decode is None or decode.op_type != "DequantizeLinear" or decode.inputs[0] is None:
+        return None
+    quantize = decode.inputs[0].producer()
+    return quantize if quantize is not None and quantize.op_type == "DynamicQuantizeLinear" else None
+
+
+def is_integer_weight(encoded: EncodedWeight) -> bool:
+    """Whether MatMulInteger can take it: int8, one scale for each row, no zero points, no overflow."""
+    e = encoded.encoding
+    if e.bits != 8 or e.group_size != -1 or not e.symmetric or len(encoded.shape) != 2:
+        return False
+    return not bool(saturates(encoded.codes.to(torch.int16) - e.zero).any())
+
+
+def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: list[ir.Node]) -> Lowered:
+    """Replace every MatMul or Gemm on rounded values by the integer product and its scales.
+
+    Args:
+        builder: of `compress.exporters.onnx_weights`.
+        name: of the weight.
+        encoded: the weight.
+        readers: of the weight; `integer_input` found the input of each.
+    """
+    import onnx_ir as ir
+
+    integers = encoded.codes.t().to(torch.int16) - encoded.encoding.zero
+    weight = builder.initializer(f"{name}.codes", integers.to(torch.int8).contiguous().numpy())
+    scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
+    products = []
+    for i, node in enumerate(readers):
+        quantize = integer_input(node)
+        assert quantize is not None
+        codes, scale, zero = quantize.outputs
+        label = f"{name}/{i}" if i else name
+        products.append(f"{label}/matmul")
+        total = builder.node(node, "MatMulInteger", [codes, weight, zero], f"{label}/matmul")
+        as_float = builder.node(node, "Cast", [total], f"{label}/cast", to=ir.DataType.FLOAT.value)
+        factor = builder.node(node, "Mul", [scale, scales], f"{label}/factor")
+        result = builder.node(node, "Mul", [as_float, factor], f"{label}/scale")
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            result = builder.node(node, "Add", [result, node.inputs[2]], f"{label}/bias")
+        builder.take_over(node, result)
+    form = "DynamicQuantizeLinear -> MatMulInteger(INT8)"
+    return Lowered(name, form, "DynamicQuantizeMatMul", tuple(products))
+
+
+def integer_convolution(node: ir.Node, encoded: EncodedWeight) -> ir.Node | None:
+    """The node, if it is a convolution of rounded values that can take this weight as integers."""
+    e = encoded.encoding
+    value = node.inputs[0]
+    source = None if value is None else value.producer()
+    rounded = source is not None and source.op_type == "DequantizeLinear"
+    if (
+        node.op_type != "Conv"
+        or not rounded
+        or not _settles_rounded(node)
+        or e.bits != 8
+        or e.group_size != -1
+        or not e.symmetric
+    ):
+        return None
+    order = summation_order(encoded.shape)
+    depthwise = encoded.shape[1] == 1 and node.attributes.get_int("group", 1) == encoded.shape[0]
+    safe = depthwise or not bool(saturates(encoded.codes[:, order].to(torch.int16) - e.zero).any())
+    return node if safe else None
+
+
+def _settles_rounded(node: ir.Node) -> bool:
+    """Whether all that reads the output, perhaps clipped, is one QuantizeLinear."""
+    readers = node.outputs[0].uses()
+    if len(readers) == 1 and readers[0].node.op_type in ("Relu", "Clip"):
+        readers = readers[0].node.outputs[0].uses()
+    return len(readers) == 1 and readers[0].node.op_type == "QuantizeLinear"
+
+
+def integer_filter(builder: Any, name: str, encoded: EncodedWeight, node: ir.Node) -> Lowered:
+    """A convolution's weight as int8 with its decoder, which the runtime takes into QLinearConv."""
+    integers = (encoded.codes.to(torch.int16) - encoded.encoding.zero).to(torch.int8).reshape(encoded.shape)
+    codes = builder.initializer(f"{name}.codes", integers.contiguous().numpy())
+    scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
+    decode = builder.node(node, "DequantizeLinear", [codes, scales], f"{name}/decode", axis=0)
+    node.replace_input_with(1, decode)
+    form = "QuantizeLinear -> DequantizeLinear(INT8) -> Conv -> QuantizeLinear"
+    return Lowered(name, form, "QLinearConv", (f"{name}/decode",))

@@ -1,0 +1,301 @@
+"""Activation quantization: 8-bit activations times 8-bit weights (W8A8), the fast form on processors.
+
+*Dynamic*, for linear layers: the input is rounded to uint8 over the range of each call, as ONNX
+``DynamicQuantizeLinear`` defines it, so no range is ever wrong. *Static*, for convolutions: ranges come from
+calibration (`compress.passes.solvers.ranges`), and values are rounded wherever that lets the runtime stay in
+integers (`compress.regions`).
+
+Weights are int8, one scale for each row, and never overflow the 16-bit accumulators of processors without
+VNNI (`compress.passes.solvers.saturation`). Codes and biases are found for the *rounded* inputs ``x~``: the
+bias takes up the mean error, ``b' = b + W E[x] - W' E[x~]`` (Nagel et al. 2019, section 4.2), at no cost.
+
+A layer that loses too much by the rounding of its input keeps float activations and gets 8-bit weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from compress.activations import DYNAMIC, STATIC, Grid, summation_order
+from compress.calibration import Statistics, output_error, sweep
+from compress.encoding import EncodedWeight, IntEncoding, encode
+from compress.graph import Graph, Site, argument
+from compress.observe import Histogram, observe
+from compress.passes.quantize_weights import quantized
+from compress.passes.solvers.ranges import Method, choose_grid, rounding_error
+from compress.passes.solvers.saturation import saturation_free
+from compress.pipeline import Change, Context, Note, Pass, PassResult
+from compress.regions import find_regions, settled
+
+W8A8 = IntEncoding(8, -1)
+WEIGHT_ONLY = {"linear": IntEncoding(8, 128), "embedding": IntEncoding(8, 128), "conv": IntEncoding(8, -1)}
+"""What a layer gets that keeps float activations."""
+
+FASTER_FROM = 1 << 16
+"""Weights of a linear layer from which integers are faster than float in ONNX Runtime, also at one row:
+measured 0.8x at 64x10, 0.9x at 128x128, 1.2x at 256x256, 1.4x at 384x384, 1.9x at 512x1000 (AVX2)."""
+
+_WORTH_IT = 512
+_CONV2D = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+
+
+class QuantizeActivations(Pass):
+    """Round activations and weights to 8 bits; weights only where that is all that pays."""
+
+    name: ClassVar[str] = "quantize_activations"
+    rewrites_all: ClassVar[bool] = True  # biases take up the mean error
+
+    targets: tuple[str, ...] = Field(
+        ("linear", "conv", "embedding"), description="kinds, paths, globs or re: patterns"
+    )
+    activations: Literal["auto", "static", "dynamic", "none"] = Field(
+        "auto",
+        description="static: convolutions; dynamic: linear layers; auto: both where faster; none",
+    )
+    ranges: Method = Field("mse", description="how static ranges are chosen from the calibration data")
+    symmetric: bool = Field(False, description="static zero points at the middle, as TensorRT wants them")
+    max_error: float = Field(
+        0.15,
+        gt=0,
+        description="relative error from rounding its input above which a layer gets 8-bit weights only",
+    )
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        before, graph = graph, graph.copy()
+        notes: list[Note] = []
+        changes: list[Change] = []
+        sites = _unencoded(graph, self.select(graph), notes)
+        dynamic = self._dynamic(graph, sites, context, notes)
+        static = self._static(graph, sites, context, notes)
+        round_inputs(graph, dynamic)
+        forms = {s.weight: "uint8 dynamic" for s in dynamic} | {s.weight: "uint8 static" for s in static}
+        biases: dict[str, Tensor] = {}
+
+        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> EncodedWeight | None:
+            if site.weight in forms:
+                encoded = w8a8(weight, statistics, groups=site.groups)
+                bias = _bias(graph, site)
+                if bias is not None and statistics is not None:
+                    # in the graph being swept at once, so that later layers see it
+                    graph.tensors[bias] = _corrected(graph.tensors[bias], weight, encoded, statistics)
+                    biases[bias] = graph.tensors[bias]
+            elif site.kind == "conv":
+                # the runtime may make it an integer convolution all the same, between two others
+                encoded = w8a8(weight, statistics, groups=site.groups)
+            else:
+                encoded = quantized(weight, statistics, WEIGHT_ONLY[site.kind])
+            changes.append(_change(site, weight, encoded, statistics, forms.get(site.weight)))
+            return encoded
+
+        result = sweep(
+            graph, sites, visit, batches=_batches(context), reference=before,
+            needs=frozenset({"diag", "H", "mean"}),
+            max_memory=context.max_memory, progress=context.progress,
+        )  # fmt: skip
+        result.tensors.update(biases)
+        return PassResult(result, tuple(changes), tuple(notes))
+
+    def _dynamic(self, graph: Graph, sites: list[Site], context: Context, notes: list[Note]) -> list[Site]:
+        """Linear layers whose input is rounded on every call: those whose output survives it, measured."""
+        if self.activations not in ("auto", "dynamic"):
+            return []
+        found = [s for s in sites if s.kind == "linear" and _eligible(graph, s)]
+        if self.activations == "auto":
+            found = [s for s in found if graph.tensors[s.weight].numel() >= FASTER_FROM]
+        if context.calibration is None or not found:
+            return found
+        noises = {_source(graph, s).name: _Noise() for s in found}
+        observe(graph, context.calibration.inputs(), {name: [n] for name, n in noises.items()})
+        errors = {s: noises[_source(graph, s).name].of_output(graph.tensors[s.weight]) for s in found}
+        return self._bearable(errors, notes)
+
+    def _static(self, graph: Graph, sites: list[Site], context: Context, notes: list[Note]) -> list[Site]:
+        """Convolutions to run in integers; puts the roundings around them into the graph."""
+        if self.activations not in ("auto", "static"):
+            return []
+        found = []
+        for site in sites:
+            if site.kind == "conv" and _eligible(graph, site):
+                node = graph.node(site.node)
+                if node.target not in _CONV2D:
+                    notes.append(Note(site.name, "weights only: no integer kernel for this convolution"))
+                elif any(user.op == "output" for user in settled(node).users):
+                    notes.append(Note(site.name, "weights only: its output is one of the model's"))
+                else:
+                    found.append(site)
+        if found and context.calibration is None:
+            reason = "weights only: the ranges of activations need calibration data"
+            notes += [Note(s.name, reason) for s in found]
+            return []
+        if not found:
+            return []
+        values = find_regions(graph.ops, [graph.node(s.node) for s in found]).rounded
+        seen = {node.name: Histogram() for node in values}
+        observe(graph, _batches(context) or (), {name: [h] for name, h in seen.items()})
+        grids = {
+            name: choose_grid(h.centers, h.counts, h.low, h.high, self.ranges, symmetric=self.symmetric)
+            for name, h in seen.items()
+        }
+        errors = {s: _relative(seen[_source(graph, s).name], grids[_source(graph, s).name]) for s in found}
+        kept = self._bearable(errors, notes)
+        regions = find_regions(graph.ops, [graph.node(s.node) for s in kept])
+        for node in regions.rounded:
+            root = node
+            while root in regions.same_as:
+                root = regions.same_as[root]
+            round_value(graph, node, grids[root.name])
+        return kept
+
+    def _bearable(self, errors: dict[Site, float], notes: list[Note]) -> list[Site]:
+        kept = []
+        for site, error in errors.items():
+            if error <= self.max_error:
+                kept.append(site)
+            else:
+                reason = f"weights only: rounding its input costs {error:.0%} of its output"
+                notes.append(Note(site.name, reason))
+        return kept
+
+
+def w8a8(weight: Tensor, statistics: Statistics | None, *, groups: int = 1) -> EncodedWeight:
+    """An int8 weight for rounded inputs.
+
+    Args:
+        weight: float ``[O, ...]``.
+        statistics: of the rounded inputs; None to round the weight as it is.
+        groups: of the convolution.
+    """
+    matrix = weight.reshape(weight.shape[0], -1).float()
+    # integer convolutions sum over (kernel, channel), and depthwise ones have a 32-bit kernel of their own
+    order = summation_order(weight.shape)
+    depthwise = groups > 1 and weight.shape[0] == groups and weight.shape[1] == 1
+    importance = H = None
+    if statistics is not None:
+        H = statistics.H
+        importance = statistics.diag.repeat_interleave(len(matrix) // len(statistics.diag), dim=0)
+    rounded = saturation_free(matrix, importance, H, order=order, paired=not depthwise)
+    return encode(rounded.codes, rounded.scales, None, W8A8, tuple(weight.shape), weight.dtype)
+
+
+def _corrected(bias: Tensor, weight: Tensor, encoded: EncodedWeight, statistics: Statistics) -> Tensor:
+    """``b + W E[x] - W' E[x~]``."""
+    assert statistics.mean is not None and statistics.mean_compressed is not None
+    groups, columns = statistics.mean.shape
+    w, new = (m.reshape(groups, -1, columns).double() for m in (weight, encoded.decode()))
+    shift = w @ statistics.mean.double().unsqueeze(-1) - new @ statistics.mean_compressed.double().unsqueeze(
+        -1
+    )
+    return (bias.double() + shift.flatten()).to(bias.dtype)
+
+
+class _Noise:
+    """Mean squares of a value and of what dynamic rounding takes away from it, for each channel."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = torch.zeros(())
+
+    def update(self, value: Tensor) -> None:
+        rows = value.detach().float().flatten(0, -2)
+        lost = rows - DYNAMIC(rows)
+        self.signal = self.signal + rows.double().square().sum(0)
+        self.noise = self.noise + lost.double().square().sum(0)
+
+    def of_output(self, weight: Tensor) -> float:
+        """Relative error of ``W x``, channels taken as uncorrelated; a fraction."""
+        columns = weight.double().square().sum(0)
+        total = float((columns * self.signal).sum())
+        return float((columns * self.noise).sum() / total) ** 0.5 if total > 0 else 0.0
+
+
+def round_inputs(graph: Graph, sites: list[Site]) -> None:
+    """Put one dynamic rounding in front of the layers that read a value, in place."""
+    made: dict[fx.Node, fx.Node] = {}
+    for site in sites:
+        node, source = graph.node(site.node), _source(graph, site)
+        if source not in made:
+            with graph.ops.inserting_before(node):
+                made[source] = graph.ops.call_function(DYNAMIC, (source,))
+        node.replace_input_with(source, made[source])
+
+
+def round_value(graph: Graph, node: fx.Node, grid: Grid) -> None:
+    """Round a value on a known grid; everything that reads it reads the rounded value. In place."""
+    with graph.ops.inserting_after(node):
+        rounded = graph.ops.call_function(STATIC, (node, grid.scale, grid.zero_point))
+    node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+
+
+def _source(graph: Graph, site: Site) -> fx.Node:
+    source = graph.node(site.node).args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _eligible(graph: Graph, site: Site) -> bool:
+    """Whether the layer computes in float32 and nothing else reads its weight."""
+    readers = [s for s in graph.sites() if s.weight == site.weight]
+    return len(readers) == 1 and graph.tensors[site.weight].dtype == torch.float32
+
+
+def _unencoded(graph: Graph, sites: list[Site], notes: list[Note]) -> list[Site]:
+    """The sites whose weight gains from 8 bits at all; a weight declined at one site is declined."""
+    reasons = {s.weight: (s, reason) for s in sites if (reason := _declined(graph, s))}
+    notes += [Note(site.name, reason) for site, reason in reasons.values()]
+    return [s for s in sites if s.weight not in reasons]
+
+
+def _declined(graph: Graph, site: Site) -> str | None:
+    if site.weight in graph.encodings:
+        return f"already {graph.encodings[site.weight].encoding}"
+    weight, encoding = graph.tensors[site.weight], WEIGHT_ONLY[site.kind]
+    rows, columns = weight.shape[0], weight[0].numel()
+    saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
+    if not weight.is_floating_point():
+        return f"{weight.dtype} is not a floating-point weight"
+    if saved < _WORTH_IT and site.kind != "conv":
+        return f"only {max(saved, 0)} bytes to save; left as it is"
+    if site.kind == "embedding" and columns % encoding.width(columns):
+        return f"{columns} columns are no multiple of {encoding.width(columns)}; left as it is"
+    return None
+
+
+def _batches(context: Context) -> Iterable[Sequence[Tensor]] | None:
+    return None if context.calibration is None else context.calibration.inputs()
+
+
+def _relative(histogram: Histogram, grid: Grid) -> float:
+    """Relative error of a value on a grid, a fraction."""
+    signal = float((histogram.counts * histogram.centers.square()).sum())
+    noise = rounding_error(histogram.centers, histogram.counts, grid)
+    return (noise / signal) ** 0.5 if signal > 0 else 0.0
+
+
+def _bias(graph: Graph, site: Site) -> str | None:
+    """Name of the site's bias, if it has one of its own."""
+    bias = argument(graph.node(site.node), "bias", None)
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return None
+    readers = [u for n in graph.ops.nodes if n.op == "get_attr" and n.target == bias.target for u in n.users]
+    return str(bias.target) if len(readers) == 1 else None
+
+
+def _change(
+    site: Site, weight: Tensor, encoded: EncodedWeight, statistics: Statistics | None, form: str | None
+) -> Change:
+    decoded = encoded.decode()
+    action = f"{encoded.encoding}, activations {form}" if form else str(encoded.encoding)
+    return Change(
+        site=site.name,
+        weight=site.weight,
+        action=action,
+        bits=8 * encoded.nbytes / weight.numel(),
+        sparsity=float((decoded == 0).double().mean()),
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=encoded.nbytes,
+        error=output_error(weight, decoded, statistics),
+    )
