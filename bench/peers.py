@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 import compress
 from compress.graph import Graph
@@ -25,6 +28,34 @@ def ort_dynamic(model: Path, out: Path) -> Path:
     del loaded.graph.value_info[:]
     with _quiet():
         quantize_dynamic(loaded, out, per_channel=True, weight_type=QuantType.QInt8)
+    return out
+
+
+def ort_static(model: Path, out: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> Path:
+    """`quantize_static`: uint8 activations on the ranges seen in the batches, int8 weights for each channel.
+
+    Args:
+        batches: arrays by input name.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> Mapping[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    prepared = out.with_suffix(".prepared.onnx")
+    with _quiet():
+        # folds batch normalisations, as its documentation asks for
+        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared), str(out), Reader(), per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+    prepared.unlink()
     return out
 
 

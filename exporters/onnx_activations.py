@@ -81,11 +81,12 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
     integers = encoded.codes.t().to(torch.int16) - encoded.encoding.zero
     weight = builder.initializer(f"{name}.codes", integers.to(torch.int8).contiguous().numpy())
     scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
-    products = []
+    products, shared = [], False
     for i, node in enumerate(readers):
         quantize = integer_input(node)
         assert quantize is not None
         codes, scale, zero = quantize.outputs
+        shared = shared or _products(codes) > 1
         label = f"{name}/{i}" if i else name
         products.append(f"{label}/matmul")
         total = builder.node(node, "MatMulInteger", [codes, weight, zero], f"{label}/matmul")
@@ -96,7 +97,16 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
             result = builder.node(node, "Add", [result, node.inputs[2]], f"{label}/bias")
         builder.take_over(node, result)
     form = "DynamicQuantizeLinear -> MatMulInteger(INT8)"
-    return Lowered(name, form, "DynamicQuantizeMatMul", tuple(products))
+    fused = "MatMulIntegerToFloat" if shared else "DynamicQuantizeMatMul"
+    return Lowered(name, form, fused, tuple(products))
+
+
+def _products(codes: ir.Value) -> int:
+    """How many layers read these rounded values: those rewritten already, and those that will be."""
+    count = 0
+    for reader, _ in codes.uses():
+        count += len(reader.outputs[0].uses()) if reader.op_type == "DequantizeLinear" else 1
+    return count
 
 
 def integer_convolution(node: ir.Node, encoded: EncodedWeight) -> ir.Node | None:

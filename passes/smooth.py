@@ -45,7 +45,7 @@ class Smooth(Pass):
         inputs = _by_input(graph, self.select(graph))
         seen = {source.name: Channels() for source in inputs}
         observe(graph, context.calibration.inputs(), {name: [c] for name, c in seen.items()})
-        notes, folded, multiplied = [], 0, 0
+        folded = multiplied = left = 0
         for source, sites in inputs.items():
             context.progress.step(sites[0].name)
             channels = seen[source.name]
@@ -59,16 +59,16 @@ class Smooth(Pass):
                 _multiply(graph, source, sites, found)
                 multiplied += 1
             else:
-                notes.append(
-                    Note(sites[0].name, f"error {found.error_before:.1%} not worth a multiplication")
-                )
+                left += 1
                 continue
             for site in sites:
                 old = graph.tensors[site.weight]
                 graph.tensors[site.weight] = (old.float() * found.scales).to(old.dtype)
-        summary = f"{folded} inputs smoothed for free, {multiplied} by a multiplication"
+        summary = (
+            f"inputs smoothed for free: {folded}, by a multiplication: {multiplied}, not worth one: {left}"
+        )
         graph.prune_dead_code()
-        return PassResult(graph, notes=(Note("", summary), *notes))
+        return PassResult(graph, notes=(Note("", summary),))
 
 
 def _by_input(graph: Graph, sites: list[Site]) -> dict[fx.Node, list[Site]]:

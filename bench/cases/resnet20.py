@@ -91,13 +91,13 @@ def _one(name: str, setup: Setup, images: dict[str, Tensor], labels: Tensor) -> 
             found.append(
                 true(f"{name}: a second run writes the same weights", _same_weights(out, written.path))
             )
-    found += _peers(name, setup, graph, plain, files, images["test"], labels, dense)
+    found += _peers(name, setup, graph, plain, files, images["test"], labels, dense, images["train"])
     return found
 
 
 def _peers(
     name: str, setup: Setup, graph: compress.Graph, plain: Path, files: dict[str, Path],
-    test: Tensor, labels: Tensor, dense: float,
+    test: Tensor, labels: Tensor, dense: float, train: Tensor,
 ) -> list[Measurement]:  # fmt: skip
     rounding = {"scales": "absmax", "method": "rtn"}
     step = {"pass": "quantize_weights", "bits": 4, "group_size": 32, "symmetric": False, **rounding}
@@ -105,6 +105,9 @@ def _peers(
     others = {
         "int4 round-to-nearest (ours)": compress.export(rtn.graph, setup.work / f"{name}-rtn.onnx").path,
         "int8 ONNX Runtime dynamic": peers.ort_dynamic(plain, setup.work / f"{name}-ort-dynamic.onnx"),
+        "int8 ONNX Runtime static": peers.ort_static(
+            plain, setup.work / f"{name}-ort-static.onnx", ({"image": b.numpy()} for b in train.split(64))
+        ),
     }
     found = []
     for other, path in others.items():

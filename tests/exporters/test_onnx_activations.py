@@ -39,7 +39,9 @@ def test_linear_layers_are_fused_and_exact(tmp_path: Path) -> None:
     found = operators(artifact.path, tmp_path)
     assert (found["DynamicQuantizeMatMul"], found["MatMulIntegerToFloat"]) == (2, 3)
     assert found["DynamicQuantizeLinear"] == 1, "what q, k and v read is rounded once"
-    assert {f.loads_as for f in artifact.lowered} == {"DynamicQuantizeMatMul"}
+    forms = {f.weight: f.loads_as for f in artifact.lowered}
+    assert {w for w, f in forms.items() if f == "MatMulIntegerToFloat"} == {f"{n}.weight" for n in "qkv"}
+    assert forms["up.weight"] == forms["down.weight"] == "DynamicQuantizeMatMul"
     inputs = example.inputs(5)
     fused = Session(artifact.path)(*inputs)
     assert all(sqnr_db(w, h) > 45 for w, h in zip(result.graph.run(inputs), fused, strict=True))
@@ -57,6 +59,21 @@ def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
     assert compress.verify(artifact, result.reference, batch_sizes=()).unfused == ()
     want, have = result.graph.run([images(3, 5)]), Session(artifact.path)(images(3, 5))
     assert all(sqnr_db(w, h) > 35 for w, h in zip(want, have, strict=True))
+
+
+def test_a_float_convolution_between_integer_ones_stays_float(tmp_path: Path) -> None:
+    module = residual()
+    with torch.no_grad():
+        module.conv2.weight[0] *= 30  # type: ignore[index, operator]
+    steps = [QuantizeActivations(ignore=("conv2",))]
+    result = compress.run(module, steps, inputs=["1,3,16,16"], calibration=[images(8)])
+    artifact = compress.export(result.graph, tmp_path / "m.onnx")
+    found = operators(artifact.path, tmp_path)
+    assert (
+        found["QLinearConv"] == 3 and not compress.verify(artifact, result.reference, batch_sizes=()).unfused
+    )
+    want, have = result.graph.run([images(3, 5)]), Session(artifact.path)(images(3, 5))
+    assert all(sqnr_db(w, h) > 45 for w, h in zip(want, have, strict=True))
 
 
 def test_a_layer_that_is_not_fused_is_named(tmp_path: Path) -> None:
