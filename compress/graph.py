@@ -8,7 +8,7 @@ in front of the unchanged operator, so every graph runs, whatever has been done 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -318,8 +318,13 @@ class Graph:
             )
         return flat
 
-    def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on flat inputs, freeing every value after its last use; returns flat outputs."""
+    def run(self, inputs: Sequence[Any], settle: Callable[[fx.Node, Any], Any] | None = None) -> list[Any]:
+        """Run on flat inputs, freeing every value after its last use; returns flat outputs.
+
+        Args:
+            inputs: in the order of `self.inputs`.
+            settle: given every node and its value, says which value to go on with.
+        """
         values: dict[fx.Node, Any] = {}
         last_use = last_uses(self.ops)
         feed: Iterator[Any] = iter(inputs)
@@ -327,6 +332,8 @@ class Graph:
             if node.op == "output":
                 return list(fx.node.map_arg(node.args[0], lambda n: values[n]))
             values[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, values)
+            if settle is not None:
+                values[node] = settle(node, values[node])
             for dead in last_use.get(node, ()):
                 del values[dead]
         raise AssertionError("a graph ends in an output node")

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from compress.activations import QUANTIZERS
 from compress.artifact import Artifact, Lowered
 from compress.codebook import CodebookWeight
 from compress.encoding import EncodedWeight
-from compress.errors import CompressError, ExportError, MissingExtra, OutputError, VerificationError
+from compress.errors import CompressError, ExportError, MissingExtra, OutputError
 from compress.exporters.onnx_activations import translations
-from compress.exporters.ort import Session, runtime
+from compress.exporters.ort import runtime
+from compress.exporters.proof import mark_roundings, prove
 from compress.graph import Graph
-from compress.numerics import sqnr_db
 from compress.pipeline import example_inputs
 from compress.progress import quiet
 
@@ -44,16 +43,6 @@ OPSET = 21
 
 _EXTERNAL = 1 << 30
 """Weights past this many bytes go to `<name>.data`; protobuf itself ends at 2 GiB."""
-
-_EXACT_DB = 50.0
-_INT8_ACTIVATIONS_DB = 25.0
-"""MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
-
-
-_ROUNDED_ACTIVATIONS_DB = 30.0
-"""Where activations are rounded, file and graph are the same integers but for ties: sums in another order
-differ by 1e-7, which now and then moves a value to the next code, and every layer that follows adds to it, up
-to the level of the rounding itself (47 dB for a ResNet-18, measured). So no tighter limit can hold."""
 
 
 class OnnxExporter:
@@ -106,7 +95,8 @@ class OnnxExporter:
         model.metadata_props.update(_as_text(metadata or {}))
         with _temporary(path) as folder:
             written = _save(model, folder / path.name)
-            worst = _prove(written[0], graph, lowered, samples)
+            trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
+            worst = prove(written[0], graph, lowered, [*trials, *samples])
             size = sum(f.stat().st_size for f in written)
             artifact = Artifact(written[0], self.target, graph, size, tuple(lowered), worst)
             if results is not None:
@@ -137,6 +127,7 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
 
     program = _translate(graph)
     model = program.model
+    mark_roundings(model, graph)
     hidden = _hide(model, graph)
     program.optimize()
     model = program.model
@@ -361,49 +352,6 @@ def _publish(written: Sequence[Path], path: Path) -> None:
         with source.open("rb") as file:
             os.fsync(file.fileno())
         source.replace(path.parent / source.name)
-
-
-def _prove(
-    path: Path, graph: Graph, lowered: Sequence[Lowered], samples: Sequence[Sequence[Tensor]]
-) -> float:
-    """Worst SQNR in dB of the file, run operator by operator, against the graph."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as error:
-        if "com.microsoft" not in str(error):
-            raise VerificationError(f"the written file is not valid ONNX: {error}") from error
-    session = Session(path, exact=True)
-    plain = graph.decoded()
-    inexact = any("MatMulNBits" in form.form for form in lowered)
-    rounded = any(node.target in QUANTIZERS for node in graph.ops.nodes)
-    limit = _INT8_ACTIVATIONS_DB if inexact else _ROUNDED_ACTIVATIONS_DB if rounded else _EXACT_DB
-    worst = float("inf")
-    trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
-    for inputs in [*trials, *samples]:
-        wanted = plain.named(plain.run(inputs))
-        shapes = ", ".join(str(list(t.shape)) for t in inputs)
-        for name, want, have in zip(session.outputs, wanted, session(*inputs), strict=True):
-            if want.is_complex():
-                raise ExportError(
-                    f"output {name} is complex, and ONNX has no complex outputs",
-                    fix="return torch.view_as_real(...) of it, or its .real and .imag",
-                )
-            if want.shape != have.shape:
-                raise VerificationError(
-                    f"at inputs {shapes} the file's {name} is {list(have.shape)}",
-                    expected=f"{list(want.shape)} as in the graph",
-                    fix="fix that dimension in the input spec with '!' and run again",
-                )
-            quality = sqnr_db(want, have)
-            worst = min(worst, quality)
-            if quality < limit:
-                raise VerificationError(
-                    f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
-                    expected=f"at least {limit:.0f} dB; nothing was written",
-                )
-    return worst
 
 
 def _version() -> str:

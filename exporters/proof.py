@@ -1,0 +1,157 @@
+"""Proof that a written file computes what its graph computes, operator by operator, at several shapes.
+
+Rounded activations need care. File and graph sum in another order, so their values differ by 1e-7, which
+now and then moves one to the next code; each layer adds to that, up to the level of the rounding itself
+(27 dB for a 6-layer encoder, measured), and a limit loose enough for it would let errors pass. So the graph
+is given the file's *decisions*: at every rounding the two must agree to one code, and then the graph goes on
+from the file's codes. What is left is the order of summation in single layers, and the limit is as tight as
+for floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.activations import DYNAMIC, QUANTIZERS
+from compress.artifact import Lowered
+from compress.errors import ExportError, VerificationError
+from compress.exporters.ort import Session
+from compress.graph import Graph
+from compress.numerics import sqnr_db
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_EXACT_DB = 50.0
+_INT8_ACTIVATIONS_DB = 25.0
+"""MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
+
+_TIES = 0.02
+"""Largest fraction of codes that may be the next ones; true ties are a few in 100,000."""
+
+_MARK = "rounded_"
+
+
+def mark_roundings(model: ir.Model, graph: Graph) -> None:
+    """Name the outputs of the file's rounding operators after their place in the graph, in place.
+
+    Args:
+        model: as `torch.onnx` translated it, nothing optimised.
+        graph: what was translated.
+    """
+    found = [n for n in model.graph if n.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")]
+    if len(found) == len(_roundings(graph)):  # else the model rounds on its own, and nothing is known
+        for i, node in enumerate(found):
+            for output, part in zip(node.outputs, ("", ".scale", ".zero_point"), strict=False):
+                output.name = f"{_MARK}{i}{part}"
+
+
+def prove(
+    path: Path,
+    graph: Graph,
+    lowered: Sequence[Lowered],
+    trials: Sequence[Sequence[Tensor]],
+) -> float:
+    """Worst SQNR in dB of the file, run operator by operator, against the graph.
+
+    Args:
+        path: the file; its folder may be written to.
+        graph: what it was written from.
+        lowered: the form of every encoded weight.
+        trials: flat inputs to run both on.
+
+    Raises:
+        ExportError: an output is complex.
+        VerificationError: the file is not valid, or does not compute what the graph computes.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        if "com.microsoft" not in str(error):
+            raise VerificationError(f"the written file is not valid ONNX: {error}") from error
+    tapped, taps = _with_taps(path)
+    session = Session(tapped, exact=True)
+    plain = graph.decoded()
+    inexact = any("MatMulNBits" in form.form for form in lowered)
+    limit = _INT8_ACTIVATIONS_DB if inexact else _EXACT_DB
+    worst = float("inf")
+    for inputs in trials:
+        shapes = ", ".join(str(list(t.shape)) for t in inputs)
+        found = dict(zip(session.outputs, session(*inputs), strict=True))
+        codes = {name: found.pop(name) for name in taps}
+        results = _run_with(plain, inputs, codes, None if inexact else shapes)
+        wanted = plain.named(results)
+        for (name, have), want in zip(found.items(), wanted, strict=True):
+            if want.is_complex():
+                raise ExportError(
+                    f"output {name} is complex, and ONNX has no complex outputs",
+                    fix="return torch.view_as_real(...) of it, or its .real and .imag",
+                )
+            if want.shape != have.shape:
+                raise VerificationError(
+                    f"at inputs {shapes} the file's {name} is {list(have.shape)}",
+                    expected=f"{list(want.shape)} as in the graph",
+                    fix="fix that dimension in the input spec with '!' and run again",
+                )
+            quality = sqnr_db(want, have)
+            worst = min(worst, quality)
+            if quality < limit:
+                raise VerificationError(
+                    f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
+                    expected=f"at least {limit:.0f} dB; nothing was written",
+                )
+    return worst
+
+
+def _with_taps(path: Path) -> tuple[Path, list[str]]:
+    """A copy of the file that gives out what it rounded, and the names of those outputs."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    made = [o for node in model.graph.node for o in node.output]
+    taps = [name for name in made if name.startswith(_MARK)]
+    if not taps:
+        return path, []
+    for name in taps:
+        kind = onnx.TensorProto.FLOAT if name.endswith(".scale") else onnx.TensorProto.UINT8
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    tapped = path.with_name("tapped.onnx")
+    onnx.save(model, tapped)
+    return tapped, taps
+
+
+def _roundings(graph: Graph) -> list[fx.Node]:
+    return [n for n in graph.ops.nodes if n.target in QUANTIZERS]
+
+
+def _run_with(
+    graph: Graph, inputs: Sequence[Tensor], codes: dict[str, Tensor], shapes: str | None
+) -> list[Any]:
+    """`Graph.run`, going on from the file's codes at every rounding; checked unless `shapes` is None."""
+    place = {node: i for i, node in enumerate(_roundings(graph))}
+
+    def settle(node: fx.Node, own: Any) -> Any:
+        mark = f"{_MARK}{place.get(node, -1)}"
+        if mark not in codes:
+            return own
+        if node.target is DYNAMIC:
+            scale, zero = codes[f"{mark}.scale"], codes[f"{mark}.zero_point"].float()
+        else:
+            scale, zero = torch.tensor(node.args[1]), torch.tensor(float(node.args[2]))  # type: ignore[arg-type]
+        given = (codes[mark].float() - zero) * scale
+        apart = (given - own).abs() / scale
+        if shapes is not None and (bool((apart > 1.1).any()) or float((apart > 0.5).double().mean()) > _TIES):
+            raise VerificationError(
+                f"at inputs {shapes} the file rounds {node.args[0]} to other codes than the graph",
+                expected=f"the same but for ties (at most {_TIES:.0%}); nothing was written",
+            )
+        return given
+
+    return graph.run(inputs, settle)
