@@ -86,6 +86,17 @@ passes:
     bits: 4
     group_size: 64
 """,
+    "mixed": """
+metadata:
+  name: mixed
+  description: >-
+    The size of 4-bit weights with less damage: each layer gets 2, 4 or 8 bits by what it does to the outputs.
+passes:
+  - pass: cleanup
+  - pass: mixed_precision
+    effective_bits: 5.1
+    sensitive: []
+""",
     "int4-sparse": """
 metadata:
   name: int4-sparse

@@ -8,12 +8,14 @@ activations are stored; on average a replacement costs half a forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from compress.data import CalibrationData
 from compress.encoding import EncodedWeight
 from compress.errors import PassError
 from compress.graph import Graph
@@ -28,6 +30,53 @@ _SAME_ENTRIES = {
     torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.log_softmax.int,
 }  # fmt: skip
 """Operators between the last layer and the output that leave logits what they are."""
+
+
+class Samples:
+    """Some samples of each calibration batch, any number of times."""
+
+    def __init__(self, batches: Iterable[Sequence[Tensor]], parts: Sequence[slice]) -> None:
+        self.batches, self.parts = batches, parts
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch, part in zip(self.batches, self.parts, strict=True):
+            if part.stop > part.start:
+                yield tuple(tensor[part] for tensor in batch)
+
+
+_ROWS, _SAMPLES = 2048, (8, 128)
+"""Held-out samples: as many as give this many rows of output, within these bounds."""
+
+
+def held_out(graph: Graph, data: CalibrationData) -> tuple[Samples, Samples]:
+    """Samples to fit to, and samples to measure on.
+
+    The last samples are held out: a few rows of images, a few windows of text, never more than half. A
+    single sample (or batch, where the model fixes its size) is used for both.
+    """
+    batches = data.inputs()
+    free = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in graph.inputs)
+    sizes = [len(batch[0]) for batch in batches]
+    first = next(iter(batches))
+    outputs = graph.run([tensor[:1] for tensor in first] if free else list(first))
+    rows = max((math.prod(o.shape[:-1]) for o in outputs if isinstance(o, Tensor)), default=1)
+    if not free:
+        rows = math.ceil(rows / sizes[0])
+    left = min(max(_ROWS // max(rows, 1), _SAMPLES[0]), _SAMPLES[1], sum(sizes) // 2)
+    kept: list[slice] = []
+    held: list[slice] = []
+    for size in reversed(sizes):
+        taken = min(size, left) if free else size * (left > 0 and len(held) < len(sizes) // 2)
+        left -= taken
+        kept.insert(0, slice(0, size - taken))
+        held.insert(0, slice(size - taken, size))
+    if sum(part.stop - part.start for part in held) == 0:
+        kept = held = [slice(0, size) for size in sizes]
+    return Samples(batches, kept), Samples(batches, held)
 
 
 class Damage:
@@ -159,9 +208,12 @@ def _kl(reference: Tensor, value: Tensor) -> tuple[float, float]:
     for a, b in _rows(reference, value):
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
         difference = torch.where(log_p == -torch.inf, 0.0, log_q - log_p)
-        # sum p (e^d - 1 - d) is the divergence, as both sum to one, and unlike -sum p d has no term that
-        # is negative: what is left of close distributions is not rounding
-        total += float((log_p.exp() * (difference.expm1() - difference)).sum(dtype=torch.float64))
+        p, q = log_p.exp(), log_q.exp()
+        # p (e^d - 1 - d) sums to the divergence, as p and q sum to one, and unlike -p d it is never
+        # negative: what is left of close distributions is not rounding
+        close = p * (difference.expm1() - difference)
+        terms = torch.where(difference.abs() < 1, close, q - p - p * difference)
+        total += float(terms.sum(dtype=torch.float64))
         count += len(a)
     return max(total, 0.0), float(count)
 

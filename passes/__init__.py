@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
+from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
@@ -12,6 +13,7 @@ from compress.pipeline import Pass
 
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
+    "mixed_precision": MixedPrecision,
     "prune_magnitude": PruneMagnitude,
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,

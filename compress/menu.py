@@ -1,0 +1,140 @@
+"""What a weight may become: the formats it can take, with exact bytes, and what is known about each.
+
+A format is an integer encoding or float. Which of them fit is decided here; which one is taken, and why, is
+the business of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from compress.encoding import EncodedWeight, IntEncoding
+from compress.errors import PassError
+from compress.graph import Site
+
+Format = IntEncoding | None
+"""None is float: the weight stays as it is."""
+
+_WORTH_IT = 512
+"""Bytes a format must save: below, the operators that decode it take more room in the file."""
+_PADDING = 1.125
+"""A format is no choice where filling up the last group makes rows longer than this: files store it full."""
+
+
+def parse_format(text: str) -> Format:
+    """A format from its name, the inverse of ``str(IntEncoding)``: "int4 g32 asym", "int8 per row", "float".
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text == "float":
+        return None
+    found = re.fullmatch(r"int(\d+) (?:per row|g(\d+))( asym)?", text)
+    if not found:
+        raise ValueError(
+            f'format {text!r} is neither "float" nor like "int4 g32", "int4 g32 asym", "int8 per row"'
+        )
+    try:
+        return IntEncoding(int(found[1]), int(found[2] or -1), not found[3])
+    except PassError as error:
+        raise ValueError(f"format {text!r}: {error.problem}; {error.expected}") from error
+
+
+_UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a number or a text such as "12MB" (10^6) or "1.5 GiB" (2^30).
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"([0-9.]+) ?([A-Za-z]*)", str(size))
+    try:
+        assert found is not None
+        value = int(float(found[1]) * _UNITS[found[2]])
+    except (AssertionError, ValueError, KeyError):
+        value = 0
+    if value <= 0:
+        raise ValueError(f'{size!r} is no size; give bytes or a text such as "12MB"')
+    return value
+
+
+@dataclass
+class Menu:
+    """A weight and what is known about each of its formats, the same index in every list.
+
+    Attributes:
+        sites: all readers of the weight, in execution order.
+        costs: stored bytes.
+        encoded: the weight in this format alone; None for float.
+        errors: relative error of the layer's output.
+        damages: of the model's outputs.
+    """
+
+    sites: list[Site]
+    value: Tensor
+    formats: list[Format] = field(default_factory=list)
+    costs: list[int] = field(default_factory=list)
+    encoded: list[EncodedWeight | None] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    damages: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.sites[0].weight
+
+    @property
+    def weights(self) -> int:
+        return self.value.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.value.numel() * self.value.element_size()
+
+    def takes(self, format: IntEncoding) -> bool:
+        """Whether the format fits this weight and is worth it."""
+        columns = self.value[0].numel()
+        width = format.width(columns)
+        if any(site.kind == "embedding" for site in self.sites) and columns % width:
+            return False
+        padded = format.groups(columns) * width
+        return padded <= _PADDING * columns and self._size(format) + _WORTH_IT <= self.nbytes
+
+    def add(self, format: Format) -> None:
+        if format not in self.formats:
+            self.formats.append(format)
+            self.costs.append(self.nbytes if format is None else self._size(format))
+
+    def _size(self, format: IntEncoding) -> int:
+        return format.nbytes(self.value.shape[0], self.value[0].numel())
+
+    def keep(self, formats: Sequence[Format]) -> None:
+        """Drop all other formats."""
+        self.costs = [c for c, f in zip(self.costs, self.formats, strict=True) if f in formats]
+        self.formats = [f for f in self.formats if f in formats]
+
+    def nearest(self, format: IntEncoding) -> int:
+        """The option of this format, else of the least precise one that is more precise, else the best."""
+        wanted = self._precision(format)
+        order = self.by_precision()
+        return next((o for o in order if self._precision(self.formats[o]) >= wanted), order[-1])
+
+    def _precision(self, format: Format) -> tuple[float, ...]:
+        """To compare formats by: more bits are more precise, then smaller groups, then zero points."""
+        if format is None:
+            return (math.inf,)
+        return (format.bits, -format.width(self.value[0].numel()), not format.symmetric)
+
+    def replacement(self, option: int) -> Tensor | EncodedWeight:
+        encoded = self.encoded[option]
+        return self.value if encoded is None else encoded
+
+    def by_precision(self) -> list[int]:
+        """Options from the least precise to the most."""
+        return sorted(range(len(self.formats)), key=lambda option: self._precision(self.formats[option]))
