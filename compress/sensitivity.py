@@ -48,7 +48,7 @@ class Samples:
                 yield tuple(tensor[part] for tensor in batch)
 
 
-_ROWS, _SAMPLES = 2048, (8, 128)
+_ROWS, _SAMPLES = 1024, (4, 128)
 """Held-out samples: as many as give this many rows of output, within these bounds."""
 
 
@@ -141,7 +141,11 @@ class Damage:
         return {name: [mean.value(self.measure) for mean in means] for name, means in totals.items()}
 
     def _wanted(self, batch: Sequence[Tensor]) -> list[Any]:
-        return self.reference.run(list(batch))
+        """Outputs of the reference; log-probabilities in place of logits."""
+        outputs = self.reference.run(list(batch))
+        if self.measure == "error":
+            return outputs
+        return [y.float().log_softmax(-1) if i in self.outputs else None for i, y in enumerate(outputs)]
 
     def _distances(self, wanted: Sequence[Any], got: Sequence[Any]) -> list[tuple[float, float]]:
         """Numerator and denominator for each output looked at."""
@@ -202,20 +206,20 @@ def _rows(reference: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     )
 
 
-def _kl(reference: Tensor, value: Tensor) -> tuple[float, float]:
-    """Summed ``KL(p || q)`` and the number of rows."""
+def _kl(log_p: Tensor, value: Tensor) -> tuple[float, float]:
+    """Summed ``KL(p || softmax(value))`` and the number of rows."""
     total, count = 0.0, 0
-    for a, b in _rows(reference, value):
-        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-        difference = torch.where(log_p == -torch.inf, 0.0, log_q - log_p)
-        p, q = log_p.exp(), log_q.exp()
-        # p (e^d - 1 - d) sums to the divergence, as p and q sum to one, and unlike -p d it is never
-        # negative: what is left of close distributions is not rounding
-        close = p * (difference.expm1() - difference)
-        terms = torch.where(difference.abs() < 1, close, q - p - p * difference)
-        total += float(terms.sum(dtype=torch.float64))
-        count += len(a)
-    return max(total, 0.0), float(count)
+    for wanted, got in _rows(log_p, value):
+        log_q, impossible = got.log_softmax(-1), wanted == -torch.inf
+        difference = (log_q - wanted).masked_fill_(impossible, 0.0)
+        # p (e^d - 1 - d) sums to the divergence, as both distributions sum to one, and unlike -p d it is
+        # never negative: what is left of close distributions is not rounding. The clamp is for exp alone;
+        # where p is zero (a masked class), q itself is what the sum of q - p needs.
+        terms = difference.clamp(max=80).expm1_().sub_(difference).mul_(wanted.exp())
+        terms = torch.where(impossible, log_q.exp(), terms)
+        total += float(terms.sum(-1).sum(dtype=torch.float64))
+        count += len(got)
+    return total, float(count)
 
 
 def _squared_error(reference: Tensor, value: Tensor) -> tuple[float, float]:

