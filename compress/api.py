@@ -98,7 +98,7 @@ def run(
         example_inputs, calibration = first_sample(calibration, source)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust)
     data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
-    context = Context(reference, data, seed, max_memory, progress)
+    context = Context(reference, data, seed, max_memory, progress, _layer_latency)
     graph, reports = pipeline.run(reference, context)
     graph.meta.update(recipe=resolved, seed=seed, calibration_sha256=data.sha256 if data else None)
     report = Report(
@@ -291,6 +291,12 @@ def _provenance(reference: Graph, data: CalibrationData | None, seed: int) -> di
         "seed": seed,
         "versions": _versions(),
     }
+
+
+def _layer_latency(*args: Any) -> dict[str, list[float]]:
+    from compress.exporters.latency import layer_latencies
+
+    return layer_latencies(*args)
 
 
 def _exporter(target: str) -> Any:

@@ -11,11 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from compress.encoding import EncodedWeight, IntEncoding
 from compress.errors import PassError
-from compress.graph import Site
+from compress.graph import Graph, Site
+from compress.pipeline import matches
+from compress.sensitivity import output_layers
 
 Format = IntEncoding | None
 """None is float: the weight stays as it is."""
@@ -65,6 +67,25 @@ def parse_size(size: int | str) -> int:
     return value
 
 
+def parse_latency(latency: float | str, plain: float) -> float:
+    """Milliseconds of a number, or of a ratio to the float model's such as "0.7x".
+
+    Args:
+        plain: milliseconds of the float model.
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    text = str(latency)
+    try:
+        value = float(text.removesuffix("x")) * (plain if text.endswith("x") else 1.0)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f'{latency!r} is no latency; give milliseconds, or a ratio such as "0.7x"')
+    return value
+
+
 @dataclass
 class Menu:
     """A weight and what is known about each of its formats, the same index in every list.
@@ -75,6 +96,7 @@ class Menu:
         encoded: the weight in this format alone; None for float.
         errors: relative error of the layer's output.
         damages: of the model's outputs.
+        latencies: milliseconds; empty where they were not measured.
     """
 
     sites: list[Site]
@@ -84,6 +106,7 @@ class Menu:
     encoded: list[EncodedWeight | None] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     damages: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -138,3 +161,37 @@ class Menu:
     def by_precision(self) -> list[int]:
         """Options from the least precise to the most."""
         return sorted(range(len(self.formats)), key=lambda option: self._precision(self.formats[option]))
+
+
+def fused(graph: Graph, layers: Sequence[Menu]) -> list[list[int]]:
+    """Groups of linear layers that read the same input, by index: q, k and v; gate and up.
+
+    Runtimes fuse them, so they should take one format. Their menus are cut down to what all of them can take.
+    """
+    readers: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if len(layer.sites) == 1 and layer.sites[0].kind == "linear" and layer.formats != [None]:
+            source = graph.node(layer.sites[0].node).args[0]
+            assert isinstance(source, fx.Node)
+            readers.setdefault(source.name, []).append(i)
+    tied = []
+    for group in readers.values():
+        common = [f for f in layers[group[0]].formats if all(f in layers[i].formats for i in group)]
+        if len(group) > 1 and common:
+            tied.append(group)
+            for i in group:
+                layers[i].keep(common)
+    return tied
+
+
+def is_sensitive(graph: Graph, site: Site, patterns: Sequence[str]) -> bool:
+    """Whether a site is named by one of the patterns, or by "first" or "head".
+
+    "first" is any site that reads an input of the model, "head" any that gives an output of it.
+    """
+    source = graph.node(site.node).args[1 if site.kind == "embedding" else 0]
+    words = {
+        "first": isinstance(source, fx.Node) and source.op == "placeholder",
+        "head": site.node in output_layers(graph),
+    }
+    return any(words[p] if p in words else matches(site, p) for p in patterns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.calibration import Need, Visitor, sweep
 from compress.data import CalibrationData
+from compress.encoding import EncodedWeight
 from compress.errors import PassError
 from compress.graph import Graph, Site
 from compress.progress import Progress, Silent
@@ -59,6 +60,12 @@ class PassResult:
     notes: tuple[Note, ...] = ()
 
 
+LayerLatency = Callable[
+    [Graph, Sequence[torch.Tensor], Mapping[str, Sequence[EncodedWeight | None]]], dict[str, list[float]]
+]
+"""(graph, flat inputs, formats of each weight; None is float) -> milliseconds of each, by weight."""
+
+
 @dataclass
 class Context:
     """What a pass may use besides the graph.
@@ -69,6 +76,7 @@ class Context:
         seed: for anything random.
         max_memory: bytes of live activations kept in memory while sweeping.
         progress: told about every layer.
+        latency: measures single layers in the target runtime; None where there is none.
     """
 
     reference: Graph
@@ -76,6 +84,7 @@ class Context:
     seed: int = 0
     max_memory: int = 2 << 30
     progress: Progress = field(default_factory=Silent)
+    latency: LayerLatency | None = None
 
     def sweep(
         self,

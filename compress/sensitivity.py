@@ -19,6 +19,7 @@ from compress.data import CalibrationData
 from compress.encoding import EncodedWeight
 from compress.errors import PassError
 from compress.graph import Graph
+from compress.pipeline import example_inputs
 from compress.progress import Progress, Silent
 
 Measure = Literal["kl", "error"]
@@ -52,6 +53,19 @@ _ROWS, _SAMPLES = 1024, (4, 128)
 """Held-out samples: as many as give this many rows of output, within these bounds."""
 
 
+def sample(graph: Graph, data: CalibrationData | None) -> tuple[Tensor, ...]:
+    """Flat inputs of one sample, or of a batch where the model fixes its size; random without data."""
+    if data is None:
+        return tuple(example_inputs(graph, {"batch": 1}))
+    first = next(iter(data.inputs()))
+    return tuple(tensor[:1] for tensor in first) if _free(graph) else first
+
+
+def _free(graph: Graph) -> bool:
+    """Whether every input takes any number of samples."""
+    return all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in graph.inputs)
+
+
 def held_out(graph: Graph, data: CalibrationData) -> tuple[Samples, Samples]:
     """Samples to fit to, and samples to measure on.
 
@@ -59,10 +73,9 @@ def held_out(graph: Graph, data: CalibrationData) -> tuple[Samples, Samples]:
     single sample (or batch, where the model fixes its size) is used for both.
     """
     batches = data.inputs()
-    free = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in graph.inputs)
+    free = _free(graph)
     sizes = [len(batch[0]) for batch in batches]
-    first = next(iter(batches))
-    outputs = graph.run([tensor[:1] for tensor in first] if free else list(first))
+    outputs = graph.run(sample(graph, data))
     rows = max((math.prod(o.shape[:-1]) for o in outputs if isinstance(o, Tensor)), default=1)
     if not free:
         rows = math.ceil(rows / sizes[0])

@@ -25,17 +25,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 from compress.calibration import Need, Statistics, output_error, sweep
 from compress.encoding import EncodedWeight, IntEncoding
 from compress.errors import PassError
 from compress.graph import Graph, Site
-from compress.menu import Menu, parse_format, parse_size
+from compress.menu import Menu, fused, is_sensitive, parse_format, parse_latency, parse_size
 from compress.passes.quantize_weights import Method, Scales, quantized
 from compress.passes.solvers.allocate import allocate, isotonic
-from compress.pipeline import Change, Context, Note, Pass, PassResult, matches
-from compress.sensitivity import Damage, held_out, output_layers
+from compress.pipeline import Change, Context, Note, Pass, PassResult
+from compress.sensitivity import Damage, held_out, sample
 
 _MEASURED = 200
 """Weights up to which every format is measured; beyond, one is, and the others are scaled from it."""
@@ -58,6 +58,12 @@ class MixedPrecision(Pass):
     )
     max_size: int | str | None = Field(
         None, description='budget: bytes of all tensors of the model, such as 12000000 or "12MB"'
+    )
+    max_latency: float | str | None = Field(
+        None,
+        description="budget: milliseconds of all targeted layers for one sample, each measured alone in ONNX "
+        'Runtime, or a ratio to float such as "0.7x"; may stand beside a size. Timings differ from run to '
+        "run, and so may what is chosen",
     )
     formats: tuple[str, ...] = Field(
         ("int2 g64 asym", "int2 g32 asym", "int4 g128 asym", "int4 g32 asym", "int8 per row", "float"),
@@ -91,10 +97,19 @@ class MixedPrecision(Pass):
             parse_size(value)
         return value
 
+    @field_validator("max_latency")
+    @classmethod
+    def _a_latency(cls, value: float | str | None) -> float | str | None:
+        if value is not None:
+            parse_latency(value, 1.0)
+        return value
+
     @model_validator(mode="after")
-    def _one_budget(self) -> MixedPrecision:
-        if (self.effective_bits is None) == (self.max_size is None):
-            raise ValueError("exactly one budget is needed: effective_bits or max_size")
+    def _a_budget(self) -> MixedPrecision:
+        if self.effective_bits is not None and self.max_size is not None:
+            raise ValueError("effective_bits and max_size are the same budget in two words; give one of them")
+        if (self.effective_bits, self.max_size, self.max_latency) == (None, None, None):
+            raise ValueError("a budget is needed: effective_bits, max_size or max_latency")
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -105,9 +120,11 @@ class MixedPrecision(Pass):
         found = problem.choose(context)
         result, changes = self._quantize(graph, problem.layers, found.choice, context, notes)
         bits = 8 * found.nbytes / sum(layer.weights for layer in problem.layers)
-        notes.append(
-            Note("", f"{found.nbytes:,} bytes of a budget of {problem.budget:,}: {bits:.3f} bits per weight")
-        )
+        budget = f" of a budget of {problem.budget:,}" if math.isfinite(problem.budget) else ""
+        notes.append(Note("", f"{found.nbytes:,} bytes{budget}: {bits:.3f} bits per weight"))
+        if math.isfinite(problem.latency_budget):
+            budget = f"{found.latency:.3f} ms of a budget of {problem.latency_budget:.3f}"
+            notes.append(Note("", f"{budget}, layers measured one by one"))
         if problem.damage is None:
             words = "no calibration data: formats chosen by the relative error of each weight"
         else:
@@ -127,10 +144,10 @@ class MixedPrecision(Pass):
             notes: is told of the layers that have no choice, and why.
 
         Raises:
-            PassError: the budget is below what the smallest formats take.
+            PassError: the budget is below what the smallest formats take, or latencies cannot be measured.
         """
         layers = self._layers(graph, notes)
-        problem = Problem(graph, layers, self._budget(graph, layers), _fused(graph, layers))
+        problem = Problem(graph, layers, self._budget(graph, layers), fused(graph, layers))
         self._check(problem)
         if context.calibration is None:
             self._quantize_each(graph, layers, None, context)
@@ -142,6 +159,8 @@ class MixedPrecision(Pass):
             problem.samples = len(held)
             problem.damage = Damage(graph, held, None if self.damage == "auto" else self.damage)
             _measure(graph, layers, problem.damage, context)
+        if self.max_latency is not None and layers:
+            self._measure_latency(problem, context)
         return problem
 
     # -- what there is to choose from --------------------------------------------------------------
@@ -165,7 +184,7 @@ class MixedPrecision(Pass):
                 notes.append(Note(readers[0].name, f"{value.dtype} is not a floating-point weight"))
                 continue
             layer = Menu(readers, value)
-            least = 8 if any(_is_sensitive(graph, site, self.sensitive) for site in readers) else 0
+            least = 8 if any(is_sensitive(graph, site, self.sensitive) for site in readers) else 0
             for format in map(parse_format, self.formats):
                 if format is None or (format.bits >= least and layer.takes(format)):
                     layer.add(format)
@@ -178,8 +197,10 @@ class MixedPrecision(Pass):
             layers.append(layer)
         return layers
 
-    def _budget(self, graph: Graph, layers: Sequence[Menu]) -> int:
+    def _budget(self, graph: Graph, layers: Sequence[Menu]) -> float:
         """Bytes for the targeted weights."""
+        if self.effective_bits is None and self.max_size is None:
+            return math.inf
         if self.effective_bits is not None:
             return int(self.effective_bits * sum(layer.weights for layer in layers) / 8)
         assert self.max_size is not None
@@ -198,6 +219,25 @@ class MixedPrecision(Pass):
             expected="a larger effective_bits or max_size",
             fix=floor if self.sensitive else "",
         )
+
+    def _measure_latency(self, problem: Problem, context: Context) -> None:
+        """Fill in the latencies, and the budget for them."""
+        if context.latency is None:
+            raise PassError(
+                "max_latency is set, but there is no runtime to measure in", fix="use compress.run"
+            )
+        inputs = sample(problem.graph, context.calibration)
+        context.progress.start(f"{self.name}: measuring the latency of each layer", 0)
+        found = context.latency(
+            problem.graph, inputs, {layer.name: layer.encoded for layer in problem.layers}
+        )
+        plain = 0.0
+        for layer in problem.layers:
+            layer.latencies = found[layer.name]
+            options = zip(layer.latencies, layer.formats, strict=True)
+            plain += next((ms for ms, format in options if format is None), max(layer.latencies))
+        assert self.max_latency is not None
+        problem.latency_budget = parse_latency(self.max_latency, plain)
 
     # -- quantizing --------------------------------------------------------------------------------
 
@@ -289,12 +329,14 @@ class Found:
     Attributes:
         choice: index into the formats of each layer.
         nbytes: stored bytes of the layers.
+        latency: their milliseconds; 0 where it was not measured.
         predicted: sum of the damages of the layers alone.
         measured: damage of all of them together; NaN without data.
     """
 
     choice: tuple[int, ...]
     nbytes: int
+    latency: float
     predicted: float
     measured: float
 
@@ -306,7 +348,8 @@ class Problem:
     Attributes:
         graph: with float weights.
         layers: the weights and their formats.
-        budget: bytes for all of them.
+        budget: bytes for all of them; may be infinite.
+        latency_budget: milliseconds for all of them; may be infinite.
         tied: indices of layers that share a format.
         damage: None without data.
         samples: how many it is measured on.
@@ -314,10 +357,11 @@ class Problem:
 
     graph: Graph
     layers: list[Menu]
-    budget: int
+    budget: float
     tied: list[list[int]]
     damage: Damage | None = None
     samples: int = 0
+    latency_budget: float = math.inf
 
     def choose(self, context: Context) -> Found:
         """The choice of least measured damage within the budget; of least summed damage without data."""
@@ -348,44 +392,40 @@ class Problem:
     def nbytes(self, choice: Sequence[int]) -> int:
         return sum(layer.costs[o] for layer, o in zip(self.layers, choice, strict=True))
 
+    def latency(self, choice: Sequence[int]) -> float:
+        pairs = zip(self.layers, choice, strict=True)
+        return sum(layer.latencies[o] for layer, o in pairs if layer.latencies)
+
     def _solve(self, damages: Sequence[Sequence[float]]) -> tuple[int, ...]:
         costs = [layer.costs for layer in self.layers]
-        return allocate(damages, costs, self.budget, tied=self.tied).choice
+        latencies = [layer.latencies for layer in self.layers]
+        try:
+            if math.isinf(self.latency_budget):
+                return allocate(damages, costs, self.budget, tied=self.tied).choice
+            if math.isinf(self.budget):
+                return allocate(damages, latencies, self.latency_budget, tied=self.tied).choice
+            limit = self.latency_budget
+            found = allocate(
+                damages, costs, self.budget, second=latencies, second_budget=limit, tied=self.tied
+            )
+            return found.choice
+        except ValueError as error:
+            raise PassError(
+                f"mixed_precision: no formats are within max_latency ({self.latency_budget:.3f} ms): {error}",
+                expected="a larger max_latency" + (" or size" if math.isfinite(self.budget) else ""),
+            ) from error
 
     def _uniform(self) -> list[tuple[int, ...]]:
         formats = dict.fromkeys(f for layer in self.layers for f in layer.formats if f is not None)
-        return [c for c in map(self.uniform, formats) if self.nbytes(c) <= self.budget]
+        return [
+            choice
+            for choice in map(self.uniform, formats)
+            if self.nbytes(choice) <= self.budget and self.latency(choice) <= self.latency_budget
+        ]
 
     def _found(self, choice: tuple[int, ...], measured: float) -> Found:
         predicted = sum(layer.damages[o] for layer, o in zip(self.layers, choice, strict=True))
-        return Found(choice, self.nbytes(choice), predicted, measured)
-
-
-def _fused(graph: Graph, layers: Sequence[Menu]) -> list[list[int]]:
-    """Layers that read the same input get the same formats to choose from, and are to choose alike."""
-    readers: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if len(layer.sites) == 1 and layer.sites[0].kind == "linear" and layer.formats != [None]:
-            source = graph.node(layer.sites[0].node).args[0]
-            assert isinstance(source, fx.Node)
-            readers.setdefault(source.name, []).append(i)
-    tied = []
-    for group in readers.values():
-        common = [f for f in layers[group[0]].formats if all(f in layers[i].formats for i in group)]
-        if len(group) > 1 and common:
-            tied.append(group)
-            for i in group:
-                layers[i].keep(common)
-    return tied
-
-
-def _is_sensitive(graph: Graph, site: Site, patterns: Sequence[str]) -> bool:
-    source = graph.node(site.node).args[1 if site.kind == "embedding" else 0]
-    words = {
-        "first": isinstance(source, fx.Node) and source.op == "placeholder",
-        "head": site.node in output_layers(graph),
-    }
-    return any(words[p] if p in words else matches(site, p) for p in patterns)
+        return Found(choice, self.nbytes(choice), self.latency(choice), predicted, measured)
 
 
 # -- measuring and choosing ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.data import load_calibration
+from compress.encoding import EncodedWeight
 from compress.passes import mixed_precision
 from compress.passes.cleanup import Cleanup
 from compress.passes.mixed_precision import MixedPrecision
@@ -207,8 +208,10 @@ def test_too_small_a_budget_says_what_would_do() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "exactly one budget"),
-        ({"effective_bits": 4, "max_size": 100}, "exactly one budget"),
+        ({}, "a budget is needed"),
+        ({"effective_bits": 4, "max_size": 100}, "give one of them"),
+        ({"max_latency": "fast"}, "no latency"),
+        ({"max_latency": -1}, "no latency"),
         ({"max_size": "12 elephants"}, "no size"),
         ({"effective_bits": 4, "formats": ["int5 g32"]}, "int5 g32"),
         ({"effective_bits": 4, "sensitive": ["tail"]}, "'tail' matches no layer"),
@@ -280,6 +283,56 @@ def test_the_file_is_proven(tmp_path: Any) -> None:
         assert len({c.action for c in result.report.passes[0].changes}) > 1
         artifact = compress.export(result.graph, tmp_path / f"{name}.onnx", samples=result.samples)
         assert artifact.path.exists()
+
+
+def pretended(
+    graph: compress.Graph, inputs: Any, formats: dict[str, list[EncodedWeight | None]]
+) -> dict[str, list[float]]:
+    """2 and 8 bits are half as fast as float, 4 bits twice as fast."""
+    assert len(inputs[0]) == 1
+    speed = {None: 1.0, 2: 2.0, 4: 0.5, 8: 2.0}
+    return {
+        name: [graph.shape(name)[0] * speed[e.encoding.bits if e else None] / 100 for e in options]
+        for name, options in formats.items()
+    }
+
+
+@pytest.mark.parametrize("bits", [None, 5.0, 14])
+def test_a_latency_budget(bits: float | None) -> None:
+    """Alone and beside a size: the least damage of everything within both."""
+    graph, data = sensitive()
+    context = Context(graph, load_calibration(data, inputs=graph.inputs), latency=pretended)
+    options = {**SMALL, "formats": ("int2 g16", "int4 g32", "float"), "targets": ("a", "b", "c")}
+    step = MixedPrecision(effective_bits=bits, max_latency="0.8x", **options)
+    problem = step.problem(graph, context, [])
+    assert problem.latency_budget == pytest.approx(0.8 * 3 * 0.64)
+    found = problem.choose(context)
+    assert found.latency <= problem.latency_budget and found.nbytes <= problem.budget
+    assert found.latency == pytest.approx(problem.latency(found.choice))
+    assert problem.damage is not None
+    best = min(
+        problem.damage.of(problem.at(choice))
+        for choice in itertools.product(*(range(len(layer.formats)) for layer in problem.layers))
+        if problem.latency(choice) <= problem.latency_budget and problem.nbytes(choice) <= problem.budget
+    )
+    assert found.measured <= 1.02 * best
+    result = step.run(graph, context)
+    assert any("ms of a budget of 1.536" in note.reason for note in result.notes)
+
+
+def test_latencies_come_from_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    from compress.exporters import latency
+
+    monkeypatch.setattr(latency, "layer_latencies", pretended)
+    graph, data = sensitive()
+    run_it = functools.partial(compress.run, graph, calibration=data)
+    result = run_it([MixedPrecision(max_latency=10.0, **SMALL)])
+    assert not result.graph.encodings  # nothing is better than float, and it fits
+    with pytest.raises(compress.CompressError, match="no formats are within max_latency"):
+        run_it([MixedPrecision(max_latency="0.4x", **SMALL)])
+    with pytest.raises(compress.CompressError, match="no runtime to measure in"):
+        MixedPrecision(max_latency=1.0, **SMALL).run(graph, Context(graph))
 
 
 def test_nothing_to_do() -> None:

@@ -1,0 +1,131 @@
+"""Milliseconds of single layers in ONNX Runtime, in each format they may take: measured, not modelled.
+
+Every layer is written as a model of one operator, in the form it takes in a whole file, and called with
+the input it has in the model. The formats of one layer are timed in turn, so that a busy machine slows
+all of them. Equal layers are timed once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.encoding import EncodedWeight
+from compress.exporters.ort import Session
+from compress.exporters.to_onnx import build_model
+from compress.graph import Graph, Site, last_uses
+from compress.inputs import InputSpec
+
+_SAME = 0.05
+"""Relative difference to float below which a format is taken to be as fast: the noise of such timings."""
+_ROUNDS = 5
+
+
+def layer_latencies(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    formats: Mapping[str, Sequence[EncodedWeight | None]],
+    *,
+    seconds: float = 0.2,
+) -> dict[str, list[float]]:
+    """Median time of one call, one thread, for each format of each weight.
+
+    The overhead of calling the runtime (some 10 microseconds) is part of it. A weight with several sites
+    counts at each of them.
+
+    Args:
+        graph: the model; its weights of these names are float.
+        inputs: flat inputs of the size to measure at.
+        formats: by weight: the weight in each format; None is float.
+        seconds: spent on each layer.
+
+    Returns:
+        milliseconds by weight, in the order of its formats.
+
+    Raises:
+        MissingExtra: ONNX Runtime is not installed.
+        ExportError: a layer cannot be written.
+    """
+    sites = {site.node: site for site in graph.sites() if site.weight in formats}
+    found = {name: [0.0] * len(options) for name, options in formats.items()}
+    known: dict[object, list[float]] = {}
+    values: dict[fx.Node, Any] = {}
+    last = last_uses(graph.ops)
+    feed = iter(inputs)
+    for node in graph.ops.nodes:
+        if node.op == "output":
+            break
+        if node.name in sites:
+            site = sites[node.name]
+            options = formats[site.weight]
+            alone, x = _alone(node, site, values)
+            names = tuple(None if o is None else str(o.encoding) for o in options)
+            rest = str(fx.node.map_arg((node.args[2:], node.kwargs), lambda n: "tensor"))
+            key = (node.target, tuple(x.shape), graph.shape(site.weight), rest, names)
+            if key not in known:
+                known[key] = _timed(alone, x, options, seconds)
+            found[site.weight] = [a + b for a, b in zip(found[site.weight], known[key], strict=True)]
+        values[node] = next(feed) if node.op == "placeholder" else graph.evaluate(node, values)
+        for dead in last.get(node, ()):
+            del values[dead]
+    return found
+
+
+def _alone(node: fx.Node, site: Site, values: Mapping[fx.Node, Any]) -> tuple[Graph, Tensor]:
+    """The operator as a graph of its own with one input, and the value of that input."""
+    source, weight = (node.args[1], node.args[0]) if site.kind == "embedding" else node.args[:2]
+    assert isinstance(source, fx.Node)
+    x = values[source]
+    ops = fx.Graph()
+    tensors: dict[str, Tensor] = {}
+
+    def argument(old: fx.Node) -> fx.Node:
+        if old is source:
+            return placeholder
+        name = "weight" if old is weight else f"constant{len(tensors)}"
+        tensors[name] = values[old]
+        return ops.get_attr(name)
+
+    placeholder = ops.placeholder("x")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
+    assert callable(node.target)
+    ops.output([ops.call_function(node.target, args, kwargs)])
+    spec = InputSpec("x", x.dtype, tuple(x.shape), ())
+    _, tree = torch.utils._pytree.tree_flatten((0,))
+    return Graph(ops, tensors, (spec,), ("y",), ops._codegen, tree, tree), x
+
+
+def _timed(graph: Graph, x: Tensor, options: Sequence[EncodedWeight | None], seconds: float) -> list[float]:
+    import onnx_ir as ir
+
+    calls = []
+    with tempfile.TemporaryDirectory(prefix="compress-layer-") as folder:
+        for encoded in options:
+            here = graph.copy()
+            if encoded is not None:
+                here.set_encoding("weight", replace(encoded, dtype=here.tensors["weight"].dtype))
+            path = Path(folder) / "layer.onnx"
+            ir.save(build_model(here)[0], path)
+            session = Session(path)
+            calls.append((session.session, session.feed([x])))
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < _ROUNDS or time.perf_counter() < end:
+        for (session, feed), taken in zip(calls, times, strict=True):
+            session.run(None, feed)  # warm: another one has just been through the caches
+            began = time.perf_counter()
+            session.run(None, feed)
+            taken.append(time.perf_counter() - began)
+        rounds += 1
+    medians = [1e3 * statistics.median(taken) for taken in times]
+    plain = next((m for m, option in zip(medians, options, strict=True) if option is None), None)
+    return [m if plain is None or abs(m / plain - 1) > _SAME else plain for m in medians]
