@@ -14,7 +14,8 @@
 5. One sequential sweep quantizes the weights in the chosen formats, on all samples.
 
 Source: the problem is that of HAWQ-V2 (Dong et al. 2020, section 3), with measured divergence in place of
-their Hessian traces.
+their Hessian traces. `search: policy` is the search of FLIQS (Dotzel et al. 2023) over the same candidates
+(`compress.passes.solvers.policy`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from compress.graph import Graph, Site
 from compress.menu import Menu, fused, is_sensitive, parse_format, parse_latency, parse_size
 from compress.passes.quantize_weights import Method, Scales, quantized
 from compress.passes.solvers.allocate import allocate, isotonic
+from compress.passes.solvers.policy import policy_search
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import Damage, held_out, sample
 
@@ -80,6 +82,11 @@ class MixedPrecision(Pass):
         description="kl: divergence of the logits; error: squared error of the outputs; auto: kl where the "
         "model ends in a linear layer",
     )
+    search: Literal["exact", "policy"] = Field(
+        "exact",
+        description="exact: the least summed damage of layers measured one by one; policy: search by "
+        "reinforcement over whole choices, for comparison (sizes only, slower, rarely as good)",
+    )
     scales: Scales = Field("search", description="as in quantize_weights")
     method: Method = Field("descent", description="as in quantize_weights")
 
@@ -110,6 +117,8 @@ class MixedPrecision(Pass):
             raise ValueError("effective_bits and max_size are the same budget in two words; give one of them")
         if (self.effective_bits, self.max_size, self.max_latency) == (None, None, None):
             raise ValueError("a budget is needed: effective_bits, max_size or max_latency")
+        if self.search == "policy" and self.max_latency is not None:
+            raise ValueError("search: policy knows sizes only; leave max_latency out")
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -117,7 +126,7 @@ class MixedPrecision(Pass):
         problem = self.problem(graph, context, notes)
         if not problem.layers:
             return PassResult(graph.copy(), (), tuple(notes))
-        found = problem.choose(context)
+        found = problem.search(context) if self.search == "policy" else problem.choose(context)
         result, changes = self._quantize(graph, problem.layers, found.choice, context, notes)
         bits = 8 * found.nbytes / sum(layer.weights for layer in problem.layers)
         budget = f" of a budget of {problem.budget:,}" if math.isfinite(problem.budget) else ""
@@ -375,6 +384,21 @@ class Problem:
             measured[second] = self.damage.of(self.at(second))
         best = min(measured, key=measured.__getitem__)
         return self._found(best, measured[best])
+
+    def search(self, context: Context) -> Found:
+        """The choice of least damage that a policy search finds, without a look at single layers."""
+
+        def measure(choice: tuple[int, ...]) -> float:
+            context.progress.step("")
+            if self.damage is None:
+                return sum(layer.damages[o] for layer, o in zip(self.layers, choice, strict=True))
+            return min(self.damage.of(self.at(choice)), _RUINED)
+
+        costs = [layer.costs for layer in self.layers]
+        smallest = [row.index(min(row)) for row in costs]
+        context.progress.start("mixed_precision: searching for formats", 0)
+        choice = policy_search(measure, costs, self.budget, start=smallest, tied=self.tied, seed=context.seed)
+        return self._found(choice, math.nan if self.damage is None else measure(choice))
 
     def at(self, choice: Sequence[int]) -> Graph:
         """The graph with every layer in its format, as quantized alone; weights are plain values."""
