@@ -6,7 +6,7 @@ import fnmatch
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -71,7 +71,7 @@ class Context:
     """What a pass may use besides the graph.
 
     Attributes:
-        reference: the graph as captured, before any pass.
+        reference: what later passes aim at: the graph as captured, or as the last exact pass left it.
         calibration: batches of real inputs, or None.
         seed: for anything random.
         max_memory: bytes of live activations kept in memory while sweeping.
@@ -121,8 +121,9 @@ class Pass(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
-    rewrites_all: ClassVar[bool] = False
-    """Set by passes that touch weights outside their targets for good reason, e.g. folding."""
+    exact: ClassVar[bool] = False
+    """Set by passes that change outputs by rounding only, e.g. folding. They may touch weights outside their
+    targets, and what they return is what later passes aim at."""
 
     targets: tuple[str, ...] = Field(("linear", "conv"), description="kinds, paths, globs or re: patterns")
     ignore: tuple[str, ...] = Field((), description="what to leave alone; same syntax")
@@ -142,7 +143,7 @@ class Pass(BaseModel):
         same = graph.tensors.keys() == before.keys()
         if not same or any(graph.tensors[k] is not v for k, v in before.items()):
             raise PassError(f"pass {self.name} changed the graph it was given", expected="a new graph")
-        if not self.rewrites_all:
+        if not self.exact:
             chosen = self.select(graph)
             allowed = {s.weight for s in chosen} | {name for s in chosen if (name := graph.bias(s))}
             for name, tensor in before.items():
@@ -282,4 +283,7 @@ class Pipeline:
             )
             context.progress.finish()
             graph = result.graph
+            if step.exact:
+                # what a layer reads may be scaled now, and its weight with it; operators may be others
+                context = replace(context, reference=graph)
         return graph, reports

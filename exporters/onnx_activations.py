@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 def translations() -> dict[Any, Any]:
     """How `torch.onnx` writes the rounding operators."""
-    from onnxscript import opset21 as op
+    from onnxscript import opset21
+
+    op: Any = opset21
 
     def static(x: Any, scale: float, zero_point: int) -> Any:
         s = op.Constant(value_float=scale)
@@ -132,9 +134,9 @@ def integer_convolution(node: ir.Node, encoded: EncodedWeight) -> ir.Node | None
 
 def _settles_rounded(node: ir.Node) -> bool:
     """Whether all that reads the output, perhaps clipped, is one QuantizeLinear."""
-    readers = node.outputs[0].uses()
+    readers = list(node.outputs[0].uses())
     if len(readers) == 1 and readers[0].node.op_type in ("Relu", "Clip"):
-        readers = readers[0].node.outputs[0].uses()
+        readers = list(readers[0].node.outputs[0].uses())
     return len(readers) == 1 and readers[0].node.op_type == "QuantizeLinear"
 
 

@@ -48,7 +48,7 @@ class Cleanup(Pass):
     """Fold batch normalisation, normalise matrix products, drop no-ops."""
 
     name: ClassVar[str] = "cleanup"
-    rewrites_all: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph = graph.copy()

@@ -28,13 +28,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.calibration import Need, Statistics, output_error, sweep
+from compress.calibration import Statistics, Update, output_error, sweep
 from compress.encoding import EncodedWeight, IntEncoding
 from compress.errors import PassError
 from compress.graph import Graph, Site
 from compress.menu import Menu, fused, is_sensitive, parse_format, parse_latency, parse_size
-from compress.passes.quantize_weights import Method, Scales, quantized
+from compress.passes.quantize_weights import Quantizer, quantized
 from compress.passes.solvers.allocate import allocate, isotonic
+from compress.passes.solvers.compose import Method, Scales
 from compress.passes.solvers.policy import policy_search
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import Damage, held_out, sample
@@ -88,7 +89,7 @@ class MixedPrecision(Pass):
         "reinforcement over whole choices, for comparison (sizes only, slower, rarely as good)",
     )
     scales: Scales = Field("search", description="as in quantize_weights")
-    method: Method = Field("descent", description="as in quantize_weights")
+    method: Method = Field("best", description="of the final weights, as in quantize_weights")
 
     @field_validator("formats")
     @classmethod
@@ -264,7 +265,7 @@ class MixedPrecision(Pass):
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
             layer = by_weight[site.weight]
             for format in layer.formats:
-                new = None if format is None else self._encoded(weight, statistics, format, draft=True)
+                new = None if format is None else self._draft(weight, statistics, format)
                 layer.encoded.append(new)
                 layer.errors.append(0.0 if new is None else output_error(weight, new.decode(), statistics))
 
@@ -274,7 +275,7 @@ class MixedPrecision(Pass):
             sites,
             visit,
             batches=batches,
-            needs=self._needs(),
+            needs=frozenset({"diag"} if self.method == "rtn" else {"diag", "H"}),
             max_memory=context.max_memory,
             progress=context.progress,
         )
@@ -289,43 +290,29 @@ class MixedPrecision(Pass):
     ) -> tuple[Graph, list[Change]]:
         """The one sequential sweep that makes the final weights."""
         formats = {layer.name: layer.formats[o] for layer, o in zip(layers, choice, strict=True)}
-        changes: list[Change] = []
         for layer in layers:
             if formats[layer.name] is None and layer.formats != [None]:
                 notes.append(Note(layer.sites[0].name, "stays float: worth its bytes here"))
+        quantizer = Quantizer(graph, self.scales, self.method)
 
-        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> EncodedWeight:
+        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update:
             format = formats[site.weight]
             assert format is not None
-            encoded = self._encoded(weight, statistics, format)
-            decoded = encoded.decode()
-            changes.append(
-                Change(
-                    site=site.name,
-                    weight=site.weight,
-                    action=str(format),
-                    bits=8 * encoded.nbytes / weight.numel(),
-                    sparsity=float((decoded == 0).double().mean()),
-                    bytes_before=weight.numel() * weight.element_size(),
-                    bytes_after=encoded.nbytes,
-                    error=output_error(weight, decoded, statistics),
-                )
-            )
-            return encoded
+            return quantizer.update(site, weight, statistics, format)
 
         sites = [layer.sites[0] for layer in layers if formats[layer.name] is not None]
         context.progress.start(f"{self.name}: quantizing in the chosen formats", len(sites))
-        return context.sweep(graph, sites, visit, self._needs()), changes
+        result = context.sweep(graph, sites, visit, quantizer.needs)
+        notes += quantizer.notes
+        return result, quantizer.changes
 
-    def _encoded(
-        self, weight: Tensor, statistics: Statistics | None, format: IntEncoding, draft: bool = False
-    ) -> EncodedWeight:
+    def _draft(self, weight: Tensor, statistics: Statistics | None, format: IntEncoding) -> EncodedWeight:
+        """Good enough to compare formats by."""
+        method: Method = "descent" if self.method == "best" else self.method
         # at 8 bits what the solver adds to rounding is far below what decides between formats
-        method: Method = "rtn" if draft and format.bits >= 8 else self.method
-        return quantized(weight, statistics, format, scales=self.scales, method=method)
-
-    def _needs(self) -> frozenset[Need]:
-        return frozenset({"diag"} if self.method == "rtn" else {"diag", "H"})
+        return quantized(
+            weight, statistics, format, scales=self.scales, method="rtn" if format.bits >= 8 else method
+        )
 
 
 # -- all layers together ---------------------------------------------------------------------------

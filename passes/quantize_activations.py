@@ -22,14 +22,14 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from compress.activations import DYNAMIC, STATIC, Grid, summation_order
-from compress.calibration import Statistics, output_error, sweep
+from compress.calibration import Statistics, Update
 from compress.encoding import EncodedWeight, IntEncoding, encode
-from compress.graph import Graph, Site, argument
+from compress.graph import Graph, Site
 from compress.observe import Histogram, observe
-from compress.passes.quantize_weights import quantized
+from compress.passes.quantize_weights import WORTH_IT, Quantizer, change
 from compress.passes.solvers.ranges import Method, choose_grid, rounding_error
 from compress.passes.solvers.saturation import saturation_free
-from compress.pipeline import Change, Context, Note, Pass, PassResult
+from compress.pipeline import Context, Note, Pass, PassResult
 from compress.regions import find_regions, settled
 
 W8A8 = IntEncoding(8, -1)
@@ -40,7 +40,6 @@ FASTER_FROM = 1 << 16
 """Weights of a linear layer from which integers are faster than float in ONNX Runtime, also at one row:
 measured 0.8x at 64x10, 0.9x at 128x128, 1.2x at 256x256, 1.4x at 384x384, 1.9x at 512x1000 (AVX2)."""
 
-_WORTH_IT = 512
 _CONV2D = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 
 
@@ -48,7 +47,6 @@ class QuantizeActivations(Pass):
     """Round activations and weights to 8 bits; weights only where that is all that pays."""
 
     name: ClassVar[str] = "quantize_activations"
-    rewrites_all: ClassVar[bool] = True  # biases take up the mean error
 
     targets: tuple[str, ...] = Field(
         ("linear", "conv", "embedding"), description="kinds, paths, globs or re: patterns"
@@ -66,39 +64,26 @@ class QuantizeActivations(Pass):
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        before, graph = graph, graph.copy()
+        graph = graph.copy()
         notes: list[Note] = []
-        changes: list[Change] = []
         sites = _unencoded(graph, self.select(graph), notes)
         dynamic = self._dynamic(graph, sites, context, notes)
         static = self._static(graph, sites, context, notes)
         round_inputs(graph, dynamic)
         forms = {s.weight: "uint8 dynamic" for s in dynamic} | {s.weight: "uint8 static" for s in static}
-        biases: dict[str, Tensor] = {}
+        quantizer = Quantizer(graph)
 
-        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> EncodedWeight | None:
-            if site.weight in forms:
-                encoded = w8a8(weight, statistics, groups=site.groups)
-                bias = _bias(graph, site)
-                if bias is not None and statistics is not None:
-                    value = _corrected(graph.tensors[bias], weight, encoded, statistics)
-                    source = _source(graph, site)
-                    if source.target is STATIC:
-                        value = _on_integers(value, float(source.args[1]), encoded)  # type: ignore[arg-type]
-                    # in the graph being swept at once, so that later layers see it
-                    graph.tensors[bias] = biases[bias] = value
-            else:
-                encoded = quantized(weight, statistics, WEIGHT_ONLY[site.kind])
-            changes.append(_change(site, weight, encoded, statistics, forms.get(site.weight)))
-            return encoded
+        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update:
+            if site.weight not in forms:
+                return quantizer.update(site, weight, statistics, WEIGHT_ONLY[site.kind])
+            encoded = w8a8(weight, statistics, groups=site.groups)
+            action = f", activations {forms[site.weight]}"
+            quantizer.changes.append(change(site, weight, encoded, statistics, action))
+            shift = quantizer.shift(site, weight, encoded, statistics)
+            return Update(encoded, _on_integers(graph, site, shift, encoded))
 
-        result = sweep(
-            graph, sites, visit, batches=_batches(context), reference=before,
-            needs=frozenset({"diag", "H", "mean"}),
-            max_memory=context.max_memory, progress=context.progress,
-        )  # fmt: skip
-        result.tensors.update(biases)
-        return PassResult(result, tuple(changes), tuple(notes))
+        result = context.sweep(graph, sites, visit, quantizer.needs)
+        return PassResult(result, tuple(quantizer.changes), (*notes, *quantizer.notes))
 
     def _dynamic(self, graph: Graph, sites: list[Site], context: Context, notes: list[Note]) -> list[Site]:
         """Linear layers whose input is rounded on every call: those whose output survives it, measured."""
@@ -183,22 +168,17 @@ def w8a8(weight: Tensor, statistics: Statistics | None, *, groups: int = 1) -> E
     return encode(rounded.codes, rounded.scales, None, W8A8, tuple(weight.shape), weight.dtype)
 
 
-def _corrected(bias: Tensor, weight: Tensor, encoded: EncodedWeight, statistics: Statistics) -> Tensor:
-    """``b + W E[x] - W' E[x~]``."""
-    assert statistics.mean is not None and statistics.mean_compressed is not None
-    groups, columns = statistics.mean.shape
-    w, new = (m.reshape(groups, -1, columns).double() for m in (weight, encoded.decode()))
-    shift = w @ statistics.mean.double().unsqueeze(-1) - new @ statistics.mean_compressed.double().unsqueeze(
-        -1
-    )
-    return (bias.double() + shift.flatten()).to(bias.dtype)
-
-
-def _on_integers(bias: Tensor, scale: float, encoded: EncodedWeight) -> Tensor:
-    """The bias as the int32 that QLinearConv adds, in steps of the product's scale, so that file and
-    graph agree: left in between, it moved one code in 2,000 (ResNet-20, measured)."""
-    step = torch.tensor(scale) * encoded.scales[:, 0]
-    return (torch.round(bias.double() / step) * step).to(bias.dtype)
+def _on_integers(graph: Graph, site: Site, shift: Tensor | None, encoded: EncodedWeight) -> Tensor | None:
+    """The shift that makes the bias an int32 in steps of the product's scale, as QLinearConv adds it, so that
+    file and graph agree: left in between, it moved one code in 2,000 (ResNet-20, measured)."""
+    source = _source(graph, site)
+    name = graph.bias(site)
+    if source.target is not STATIC or not graph.owns_bias(site) or (name is None and shift is None):
+        return shift
+    step = torch.tensor(float(source.args[1])) * encoded.scales[:, 0]  # type: ignore[arg-type]
+    bias = torch.zeros(len(step)) if name is None else graph.tensors[name]
+    wanted = bias.double() + (0 if shift is None else shift)
+    return (torch.round(wanted / step) * step - bias).to(bias.dtype)
 
 
 class _Noise:
@@ -280,7 +260,7 @@ def _declined(graph: Graph, site: Site) -> str | None:
     saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
     if not weight.is_floating_point():
         return f"{weight.dtype} is not a floating-point weight"
-    if saved < _WORTH_IT and site.kind != "conv":
+    if saved < WORTH_IT and site.kind != "conv":
         return f"only {max(saved, 0)} bytes to save; left as it is"
     if site.kind == "embedding" and columns % encoding.width(columns):
         return f"{columns} columns are no multiple of {encoding.width(columns)}; left as it is"
@@ -296,29 +276,3 @@ def _relative(histogram: Histogram, grid: Grid) -> float:
     signal = float((histogram.counts * histogram.centers.square()).sum())
     noise = rounding_error(histogram.centers, histogram.counts, grid)
     return (noise / signal) ** 0.5 if signal > 0 else 0.0
-
-
-def _bias(graph: Graph, site: Site) -> str | None:
-    """Name of the site's bias, if it has one of its own."""
-    bias = argument(graph.node(site.node), "bias", None)
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
-        return None
-    readers = [u for n in graph.ops.nodes if n.op == "get_attr" and n.target == bias.target for u in n.users]
-    return str(bias.target) if len(readers) == 1 else None
-
-
-def _change(
-    site: Site, weight: Tensor, encoded: EncodedWeight, statistics: Statistics | None, form: str | None
-) -> Change:
-    decoded = encoded.decode()
-    action = f"{encoded.encoding}, activations {form}" if form else str(encoded.encoding)
-    return Change(
-        site=site.name,
-        weight=site.weight,
-        action=action,
-        bits=8 * encoded.nbytes / weight.numel(),
-        sparsity=float((decoded == 0).double().mean()),
-        bytes_before=weight.numel() * weight.element_size(),
-        bytes_after=encoded.nbytes,
-        error=output_error(weight, decoded, statistics),
-    )

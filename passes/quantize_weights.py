@@ -11,6 +11,7 @@ that is the minimiser of the output error over codes and bias.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -62,11 +63,8 @@ class QuantizeWeights(Pass):
             self.symmetric,
             grid_bits=3 if self.bits == 3 else None,
         )
-        changes: list[Change] = []
         notes: list[Note] = []
-        readers: dict[str, int] = {}
-        for site in graph.sites():
-            readers[site.weight] = readers.get(site.weight, 0) + 1
+        quantizer = Quantizer(graph, self.scales, self.method, self.bias_correction)
 
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update | None:
             declined = self._declined(site, weight, encoding)
@@ -75,36 +73,10 @@ class QuantizeWeights(Pass):
             if declined:
                 notes.append(Note(site.name, declined))
                 return None
-            correct = self.bias_correction and statistics is not None
-            if correct and not (graph.owns_bias(site) and readers[site.weight] == 1):
-                notes.append(
-                    Note(site.name, "its bias cannot be corrected for it alone; it or the weight is shared")
-                )
-                correct = False
-            if correct and statistics is not None:
-                statistics = statistics.centred
-            found = _solved(weight, statistics, encoding, self.scales, self.method)
-            if found.note:
-                notes.append(Note(site.name, found.note))
-            encoded = _encoded(found, weight, encoding)
-            changes.append(change(site, found.target, encoded, statistics))
-            bias = mean_shift(weight, encoded.decode(), statistics) if correct and statistics else None
-            return Update(encoded, bias)
+            return quantizer.update(site, weight, statistics, encoding)
 
-        result = context.sweep(graph, self.select(graph), visit, self._needs())
-        return PassResult(result, tuple(changes), tuple(notes))
-
-    def _needs(self) -> frozenset[Need]:
-        needs: set[Need] = {"diag"}
-        if self.method != "rtn":
-            needs.add("H")
-        if self.method in ("best", "gpfq", "descent"):
-            needs.add("G")
-        if self.method == "best":
-            needs.add("held_out")
-        if self.bias_correction:
-            needs.add("mean")
-        return frozenset(needs)
+        result = context.sweep(graph, self.select(graph), visit, quantizer.needs)
+        return PassResult(result, tuple(quantizer.changes), (*notes, *quantizer.notes))
 
     def _declined(self, site: Site, weight: Tensor, encoding: IntEncoding) -> str | None:
         if not weight.is_floating_point():
@@ -116,6 +88,72 @@ class QuantizeWeights(Pass):
         if site.kind == "embedding" and columns % encoding.width(columns):
             return f"{columns} columns are no multiple of group_size {self.group_size}; left as it is"
         return None
+
+
+class Quantizer:
+    """What the pass does at every site, for other passes too.
+
+    Args:
+        graph: the graph that is swept.
+        scales, method, bias_correction: options of `QuantizeWeights`.
+
+    Attributes:
+        changes, notes: what was done, for the report.
+    """
+
+    def __init__(
+        self, graph: Graph, scales: Scales = "search", method: Method = "best", bias_correction: bool = True
+    ) -> None:
+        self.scales: Scales = scales
+        self.method: Method = method
+        self.changes: list[Change] = []
+        self.notes: list[Note] = []
+        readers = Counter(site.weight for site in graph.sites())
+        self._correctable = {
+            site
+            for site in graph.sites()
+            if bias_correction and readers[site.weight] == 1 and graph.owns_bias(site)
+        }
+        self._bias_correction = bias_correction
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics to collect."""
+        needs: set[Need] = {"diag"}
+        if self.method != "rtn":
+            needs.add("H")
+        if self.method in ("best", "gpfq", "descent"):
+            needs.add("G")
+        if self.method == "best":
+            needs.add("held_out")
+        if self._bias_correction:
+            needs.add("mean")
+        return frozenset(needs)
+
+    def update(
+        self, site: Site, weight: Tensor, statistics: Statistics | None, encoding: IntEncoding
+    ) -> Update:
+        """The encoded weight, and what its bias takes over."""
+        if self._bias_correction and statistics is not None:
+            if site in self._correctable:
+                statistics = statistics.centred
+            else:
+                reason = "its bias cannot be corrected for it alone; it or the weight is shared"
+                self.notes.append(Note(site.name, reason))
+        found = _solved(weight, statistics, encoding, self.scales, self.method)
+        if found.note:
+            self.notes.append(Note(site.name, found.note))
+        encoded = _encoded(found, weight, encoding)
+        self.changes.append(change(site, found.target, encoded, statistics))
+        return Update(encoded, self.shift(site, weight, encoded, statistics))
+
+    def shift(
+        self, site: Site, weight: Tensor, encoded: Encoded, statistics: Statistics | None
+    ) -> Tensor | None:
+        """`mean_shift`, where the bias can be corrected."""
+        if statistics is None or site not in self._correctable:
+            return None
+        return mean_shift(weight, encoded.decode(), statistics)
 
 
 def quantized(
@@ -176,17 +214,20 @@ def _encoded(found: Composed, weight: Tensor, encoding: IntEncoding) -> EncodedW
     return encode(codes, scales, zeros, encoding, tuple(weight.shape), weight.dtype)
 
 
-def change(site: Site, target: Tensor, encoded: Encoded, statistics: Statistics | None) -> Change:
+def change(
+    site: Site, target: Tensor, encoded: Encoded, statistics: Statistics | None, more: str = ""
+) -> Change:
     """The report's row for a weight that was encoded.
 
     Args:
         target: what the encoding was made to stand for, ``[O, ...]`` or ``[O, N]``.
+        more: what else was done, added to the name of the encoding.
     """
     weight = decoded = encoded.decode()
     return Change(
         site=site.name,
         weight=site.weight,
-        action=str(encoded.encoding),
+        action=f"{encoded.encoding}{more}",
         bits=8 * encoded.nbytes / weight.numel(),
         sparsity=float((decoded == 0).double().mean()),
         bytes_before=weight.numel() * weight.element_size(),

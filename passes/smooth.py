@@ -29,7 +29,7 @@ class Smooth(Pass):
     """Scale activations down and weights up, channel by channel."""
 
     name: ClassVar[str] = "smooth"
-    rewrites_all: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     targets: tuple[str, ...] = Field(("linear",), description="kinds, paths, globs or re: patterns")
     min_error: float = Field(

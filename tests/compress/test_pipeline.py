@@ -86,3 +86,22 @@ def test_example_inputs_stay_within_the_embedding(graph: compress.Graph) -> None
     assert int(ids.min()) >= 0
     assert 50 < int(ids.max()) < 96
     assert (mask == 1).all()
+
+
+def test_exact_passes_are_what_later_ones_aim_at(graph: compress.Graph) -> None:
+    seen = []
+
+    class Lossy(Pass):
+        name = "lossy"
+
+        def run(self, graph: compress.Graph, context: Context) -> PassResult:
+            seen.append(context.reference)
+            return PassResult(graph.copy())
+
+    class Exact(Lossy):
+        name = "exact"
+        exact = True
+
+    Pipeline((Lossy(), Exact(), Lossy(), Lossy())).run(graph, Context(graph))
+    assert seen[0] is seen[1] is graph
+    assert seen[2] is seen[3] is not graph

@@ -223,12 +223,12 @@ def test_a_wrong_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Corrupt the scales on the way out: the proof must fail and nothing may be left."""
     from compress.exporters import onnx_weights
 
-    original = onnx_weights._Builder.initializer
+    original = onnx_weights.Builder.initializer
 
     def corrupt(self: Any, name: str, array: Any) -> Any:
         return original(self, name, array * 1.1 if name.endswith("up.weight.scales") else array)
 
-    monkeypatch.setattr(onnx_weights._Builder, "initializer", corrupt)
+    monkeypatch.setattr(onnx_weights.Builder, "initializer", corrupt)
     (tmp_path / "model.onnx").write_bytes(b"what was there before")
     with pytest.raises(VerificationError, match="differs from the graph"):
         write("encoder", tmp_path, QuantizeWeights(bits=4))

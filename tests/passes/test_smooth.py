@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import compress
 from compress.numerics import sqnr_db
 from compress.passes.quantize_activations import QuantizeActivations
+from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.smooth import Smooth
 from compress.testing import MODELS, assert_close, make
 
@@ -58,6 +59,14 @@ def test_rounded_activations_profit(post: bool) -> None:
         graph = compress.run(module, steps, example_inputs=[x[:2]], calibration=[x]).graph
         found.append(sqnr_db(module(x), graph.run([x])[0]))
     assert found[1] > found[0] + 5
+
+
+def test_weights_are_fitted_to_the_smoothed_inputs() -> None:
+    """What layers read is scaled, and their weights with it: the captured graph is nothing to aim at."""
+    module, x = block(post=False)
+    steps = [Smooth(), QuantizeWeights(bits=4)]
+    graph = compress.run(module, steps, example_inputs=[x[:2]], calibration=[x]).graph
+    assert sqnr_db(module(x), graph.run([x])[0]) > 25
 
 
 def test_a_cheap_error_is_not_worth_a_multiplication() -> None:
