@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-# -- CIFAR ResNets --------------------------------------------------------------------------------
+# -- ResNets --------------------------------------------------------------------------------------
 
 
 class _PadChannels(nn.Module):
@@ -66,6 +68,28 @@ class CifarResNet(nn.Module):
             x = self.get_submodule(f"layer{stage}")(x)
         logits: Tensor = self.get_submodule(self._classifier)(x.mean((2, 3)))
         return logits
+
+
+class ImageNetResNet(nn.Module):
+    """ResNet-18: four stages of two blocks, 64 to 512 channels. Input ``[batch, 3, 224, 224]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+        self.blocks = nn.Sequential(*(_BasicBlock(a, b, padded=False) for a, b in pairwise(widths)))
+        self.fc = nn.Linear(512, 1000)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(image))), 3, 2, 1)
+        logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
+        return logits
+
+
+def resnet18() -> nn.Module:
+    """The usual shape; weights are random."""
+    return ImageNetResNet()
 
 
 def resnet20_chita() -> nn.Module:

@@ -62,11 +62,31 @@ def integer_input(node: ir.Node) -> ir.Node | None:
 
 
 def is_integer_weight(encoded: EncodedWeight) -> bool:
-    """Whether MatMulInteger can take it: int8, one scale for each row, no zero points, no overflow."""
+    """Whether MatMulInteger can take it: one scale for each row, no zero points, no overflow."""
+    return _whole_rows(encoded) and len(encoded.shape) == 2 and not bool(saturates(_signed(encoded)).any())
+
+
+def _whole_rows(encoded: EncodedWeight) -> bool:
     e = encoded.encoding
-    if e.bits != 8 or e.group_size != -1 or not e.symmetric or len(encoded.shape) != 2:
-        return False
-    return not bool(saturates(encoded.codes.to(torch.int16) - e.zero).any())
+    return e.bits in (4, 8) and e.group_size == -1 and e.symmetric
+
+
+def _signed(encoded: EncodedWeight) -> torch.Tensor:
+    """Codes as signed integers, int8 ``[O, N]``."""
+    return (encoded.unpacked()[0].to(torch.int16) - encoded.encoding.zero).to(torch.int8)
+
+
+def _integers(
+    builder: Any, before: ir.Node, name: str, encoded: EncodedWeight, codes: torch.Tensor
+) -> ir.Value:
+    """INT8 codes; those of 4 bits are stored as INT4, and a Cast that is folded at load makes them INT8."""
+    if encoded.encoding.bits == 8:
+        return builder.initializer(f"{name}.codes", codes.contiguous().numpy())
+    import ml_dtypes
+    import onnx_ir as ir
+
+    stored = builder.initializer(f"{name}.codes", codes.contiguous().numpy().astype(ml_dtypes.int4))
+    return builder.node(before, "Cast", [stored], f"{name}/widen", to=ir.DataType.INT8.value)
 
 
 def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: list[ir.Node]) -> Lowered:
@@ -80,8 +100,7 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
     """
     import onnx_ir as ir
 
-    integers = encoded.codes.t().to(torch.int16) - encoded.encoding.zero
-    weight = builder.initializer(f"{name}.codes", integers.to(torch.int8).contiguous().numpy())
+    weight = _integers(builder, readers[0], name, encoded, _signed(encoded).t())
     scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
     products, shared = [], False
     for i, node in enumerate(readers):
@@ -98,7 +117,7 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
         if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
             result = builder.node(node, "Add", [result, node.inputs[2]], f"{label}/bias")
         builder.take_over(node, result)
-    form = "DynamicQuantizeLinear -> MatMulInteger(INT8)"
+    form = f"DynamicQuantizeLinear -> MatMulInteger(INT{encoded.encoding.bits})"
     fused = "MatMulIntegerToFloat" if shared else "DynamicQuantizeMatMul"
     return Lowered(name, form, fused, tuple(products))
 
@@ -113,22 +132,14 @@ def _products(codes: ir.Value) -> int:
 
 def integer_convolution(node: ir.Node, encoded: EncodedWeight) -> ir.Node | None:
     """The node, if it is a convolution of rounded values that can take this weight as integers."""
-    e = encoded.encoding
     value = node.inputs[0]
     source = None if value is None else value.producer()
     rounded = source is not None and source.op_type == "DequantizeLinear"
-    if (
-        node.op_type != "Conv"
-        or not rounded
-        or not _settles_rounded(node)
-        or e.bits != 8
-        or e.group_size != -1
-        or not e.symmetric
-    ):
+    if node.op_type != "Conv" or not rounded or not _settles_rounded(node) or not _whole_rows(encoded):
         return None
     order = summation_order(encoded.shape)
     depthwise = encoded.shape[1] == 1 and node.attributes.get_int("group", 1) == encoded.shape[0]
-    safe = depthwise or not bool(saturates(encoded.codes[:, order].to(torch.int16) - e.zero).any())
+    safe = depthwise or not bool(saturates(_signed(encoded)[:, order]).any())
     return node if safe else None
 
 
@@ -142,10 +153,9 @@ def _settles_rounded(node: ir.Node) -> bool:
 
 def integer_filter(builder: Any, name: str, encoded: EncodedWeight, node: ir.Node) -> Lowered:
     """A convolution's weight as int8 with its decoder, which the runtime takes into QLinearConv."""
-    integers = (encoded.codes.to(torch.int16) - encoded.encoding.zero).to(torch.int8).reshape(encoded.shape)
-    codes = builder.initializer(f"{name}.codes", integers.contiguous().numpy())
+    codes = _integers(builder, node, name, encoded, _signed(encoded).reshape(encoded.shape))
     scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
     decode = builder.node(node, "DequantizeLinear", [codes, scales], f"{name}/decode", axis=0)
     node.replace_input_with(1, decode)
-    form = "QuantizeLinear -> DequantizeLinear(INT8) -> Conv -> QuantizeLinear"
+    form = f"QuantizeLinear -> DequantizeLinear(INT{encoded.encoding.bits}) -> Conv -> QuantizeLinear"
     return Lowered(name, form, "QLinearConv", (f"{name}/decode",))

@@ -107,13 +107,16 @@ class OnnxExporter:
 
 
 @quiet()
-def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lowered]]:
+def build_model(
+    graph: Graph, decode: Decode = "run", *, faster: bool = True
+) -> tuple[ir.Model, list[Lowered]]:
     """The ONNX model in memory, and the form every encoded weight took.
 
     Args:
         graph: what to translate.
         decode: "run" leaves large linear weights packed in memory and the runtime decodes them as it
             multiplies; "load" lets it decode them once, into float weights, at float speed.
+        faster: take `compress.exporters.onnx_forms`; False for what `torch.onnx` makes of it.
 
     Raises:
         ExportError: an operator has no ONNX form.
@@ -123,6 +126,7 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
     import onnx_ir as ir
 
     from compress.exporters.onnx_codebook import lower_codebooks
+    from compress.exporters.onnx_forms import faster_forms
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
 
     program = _translate(graph)
@@ -141,6 +145,8 @@ def build_model(graph: Graph, decode: Decode = "run") -> tuple[ir.Model, list[Lo
     integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
     codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
     lowered = lower_weights(model, integers, fold_below=fold_below) + lower_codebooks(model, codebooks)
+    if faster:
+        faster_forms(model)
     common = ir.passes.common
     for step in (
         common.RemoveUnusedNodesPass(),

@@ -193,7 +193,7 @@ def _time(
 
     with tempfile.TemporaryDirectory(prefix="compress-float-") as folder:
         baseline = Path(folder) / "float.onnx"
-        model, _ = build_model(reference)
+        model, _ = build_model(reference, faster=False)
         ir.save(model, baseline, external_data="float.onnx.data")
         nbytes = sum(f.stat().st_size for f in Path(folder).iterdir())
         original = Session(baseline, threads=threads)

@@ -131,9 +131,14 @@ class Quantizer:
         return frozenset(needs)
 
     def update(
-        self, site: Site, weight: Tensor, statistics: Statistics | None, encoding: IntEncoding
+        self,
+        site: Site,
+        weight: Tensor,
+        statistics: Statistics | None,
+        encoding: IntEncoding,
+        more: str = "",
     ) -> Update:
-        """The encoded weight, and what its bias takes over."""
+        """The encoded weight, and what its bias takes over; `more` is for the report's row."""
         if self._bias_correction and statistics is not None:
             if site in self._correctable:
                 statistics = statistics.centred
@@ -144,7 +149,7 @@ class Quantizer:
         if found.note:
             self.notes.append(Note(site.name, found.note))
         encoded = _encoded(found, weight, encoding)
-        self.changes.append(change(site, found.target, encoded, statistics))
+        self.changes.append(change(site, found.target, encoded, statistics, more))
         return Update(encoded, self.shift(site, weight, encoded, statistics))
 
     def shift(

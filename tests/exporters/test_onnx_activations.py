@@ -61,6 +61,27 @@ def test_a_residual_network_runs_in_integers(tmp_path: Path) -> None:
     assert all(sqnr_db(w, h) > 60 for w, h in zip(want, have, strict=True))
 
 
+def test_four_bit_weights_take_the_same_kernels_and_half_the_room(tmp_path: Path) -> None:
+    steps = [QuantizeActivations(weight_bits=4)]
+    result = compress.run(residual(), steps, inputs=["1,3,16,16"], calibration=[images(8)])
+    artifact = compress.export(result.graph, tmp_path / "m.onnx", samples=result.samples)
+    assert artifact.proof_db > 40
+    assert operators(artifact.path, tmp_path)["QLinearConv"] == 5
+    stored = {t.name: t for t in onnx.load(artifact.path).graph.initializer}
+    assert stored["conv2.weight.codes"].data_type == TensorProto.INT4
+    want, have = result.graph.run([images(3, 5)]), Session(artifact.path)(images(3, 5))
+    assert all(sqnr_db(w, h) > 60 for w, h in zip(want, have, strict=True))
+    example = MODELS["encoder"]
+    steps = [QuantizeActivations(activations="dynamic", weight_bits=4)]
+    result = compress.run(make("encoder"), steps, inputs=example.specs, calibration=[example.inputs(4)])
+    artifact = compress.export(result.graph, tmp_path / "e.onnx", samples=result.samples)
+    found = operators(artifact.path, tmp_path)
+    assert (found["DynamicQuantizeMatMul"], found["MatMulIntegerToFloat"]) == (2, 3)
+    inputs = example.inputs(5)
+    fused = Session(artifact.path)(*inputs)
+    assert all(sqnr_db(w, h) > 45 for w, h in zip(result.graph.run(inputs), fused, strict=True))
+
+
 def test_a_float_convolution_between_integer_ones_stays_float(tmp_path: Path) -> None:
     module = residual()
     with torch.no_grad():

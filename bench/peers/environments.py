@@ -1,0 +1,115 @@
+"""Peers that need packages of their own: an environment for each, and a worker script that runs in it.
+
+The environment of peer NAME is made from ``bench/peers/NAME.txt`` on first use, under
+``build/bench/peers/NAME``; ``bench/peers/NAME_worker.py`` is run with its Python. A worker reads a job
+(JSON), quantizes the linear layers of the model it names on the samples it names, and writes the dequantized
+weights, so that every method is judged by the same evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+_HERE = Path(__file__).resolve().parent
+
+
+class PeerMissing(Exception):
+    """A peer cannot be installed here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is asked.
+
+    Attributes:
+        model: Hugging Face folder, or ``file.py:callable`` that builds the module.
+        weights: safetensors file for the module of a callable; empty for a folder.
+        calibration: safetensors file of inputs by name, first axis = samples.
+        batch: samples in a batch.
+        method: in the peer's words.
+        bits, group_size, symmetric: the grid.
+    """
+
+    model: str
+    weights: str
+    calibration: str
+    batch: int
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Dequantized weights by name, and what they cost: seconds of the method alone, peak bytes."""
+
+    weights: dict[str, Tensor]
+    seconds: float
+    peak_bytes: int
+
+
+def write_samples(path: Path, inputs: Mapping[str, Tensor]) -> Path:
+    """Calibration inputs as a worker reads them."""
+    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, path)
+    return path
+
+
+def ask(peer: str, job: Job, work: Path) -> Answer:
+    """Run a job in the peer's environment.
+
+    Raises:
+        PeerMissing: its packages cannot be installed.
+        RuntimeError: the worker failed; the end of what it printed is in it.
+    """
+    python = interpreter(peer)
+    name = f"{peer}-{job.method}-{job.bits}"
+    request, out = work / f"{name}.json", work / f"{name}.safetensors"
+    request.write_text(json.dumps({**dataclasses.asdict(job), "out": str(out)}))
+    done = subprocess.run(
+        [python, str(_HERE / f"{peer}_worker.py"), str(request)],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise RuntimeError(f"{peer} {job.method}, {job.bits} bits: {done.stderr[-3000:]}")
+    cost = json.loads(done.stdout.strip().splitlines()[-1])
+    return Answer(load_file(out), cost["seconds"], cost["peak_bytes"])
+
+
+def interpreter(peer: str) -> Path:
+    """The Python of a peer's environment, which is made if it is not there or its list has changed."""
+    wanted = _HERE / f"{peer}.txt"
+    stamp = hashlib.sha256(wanted.read_bytes()).hexdigest()
+    folder = ROOT / "build" / "bench" / "peers" / peer
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if ready.exists() and ready.read_text() == stamp:
+        return python
+    print(f"installing {peer} and what it needs, once", file=sys.stderr)
+    venv.create(folder, clear=True, with_pip=True)
+    words = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", wanted]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PeerMissing(f"{peer} cannot be installed: {_last_line(done.stderr)}")
+    ready.write_text(stamp)
+    return python
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no reason given")

@@ -1,0 +1,136 @@
+"""The table of results in README.md, from what `bench/run.py` wrote to bench/results/.
+
+    python bench/readme.py
+
+Rewrites what stands between the two ``results`` comments. A cell is a template: ``{name|.2f}`` is the
+measurement of that name. A test holds README.md and bench/results/ together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_BEGIN, _END = "<!-- results: made by bench/readme.py -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `model` is empty where it repeats the line above."""
+
+    case: str
+    model: str
+    form: str
+    size: str
+    quality: str
+    speed: str
+
+
+def _minilm(form: str, name: str, model: str = "") -> Row:
+    speeds = " · ".join(f"{{{name}: speed-up at {shape}|.2f}}" for shape in ("1x32", "1x128", "8x128"))
+    quality = f"cosine {{{name}: mean cosine to the float embeddings|.4f}}"
+    return Row("minilm", model, form, f"{{{name}: file|.1f}} MB", quality, speeds)
+
+
+def _resnet20(form: str, name: str) -> Row:
+    name = f"akamaster {name}"
+    quality = f"{{{name}: accuracy lost, file|.1f}} points lost"
+    return Row(
+        "resnet20", "", form, f"{{{name}: file|.0f}} kB", quality, f"{{{name}: speed-up at batch 1|.2f}}"
+    )
+
+
+def _lm(form: str, name: str) -> Row:
+    speeds = " · ".join(f"{{{name}: speed-up at {shape}|.2f}}" for shape in ("1x16", "1x256"))
+    return Row("lm", "", form, f"{{{name}: file|.1f}} MB", f"perplexity {{{name}: perplexity|.2f}}", speeds)
+
+
+ROWS = (
+    Row(
+        "minilm",
+        "all-MiniLM-L6-v2 (1×32 · 1×128 · 8×128 tokens)",
+        "float",
+        "{float: file|.1f} MB",
+        "cosine 1",
+        "1",
+    ),
+    _minilm("**int8**", "int8"),
+    _minilm("ONNX Runtime dynamic int8", "int8 ONNX Runtime dynamic"),
+    _minilm("**int8-weight-only**", "int8-weight-only"),
+    _minilm("**int4**", "int4"),
+    _minilm("ONNX Runtime int4, RTN", "int4 ONNX Runtime RTN"),
+    _minilm("ONNX Runtime int4, HQQ", "int4 ONNX Runtime HQQ"),
+    Row(
+        "lm",
+        "7.4 M language model, WikiText-2 (1×16 · 1×256 tokens)",
+        "float",
+        "{float: file|.1f} MB",
+        "perplexity {float: perplexity|.2f}",
+        "1",
+    ),
+    _lm("**int8**", "int8"),
+    _lm("ONNX Runtime dynamic int8", "int8 ONNX Runtime dynamic"),
+    _lm("**int4**", "int4"),
+    _lm("ONNX Runtime int4, RTN", "int4 ONNX Runtime RTN"),
+    _lm("ONNX Runtime int4, HQQ", "int4 ONNX Runtime HQQ"),
+    Row(
+        "resnet20",
+        "ResNet-20, CIFAR-10 (batch 1)",
+        "float",
+        "{akamaster: file, float|.0f} kB",
+        "{akamaster: accuracy, float|.1f} %",
+        "1",
+    ),
+    _resnet20("**int8**", "int8"),
+    _resnet20("ONNX Runtime static int8", "int8 ONNX Runtime static"),
+    _resnet20("**int4**", "int4"),
+    _resnet20("**int4-sparse**", "int4-sparse"),
+)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The lines between the comments, comments included.
+
+    Args:
+        results: by case name, as `bench/run.py` writes them.
+    """
+    lines = ["| model | form | file | quality | speed against float |", "|---|---|---:|---|---|"]
+    for row in ROWS:
+        values = {m["name"]: m["value"] for m in results[row.case]["measurements"]}
+        cells = (row.model, row.form, row.size, row.quality, row.speed)
+        lines.append("| " + " | ".join(_filled(cell, values) for cell in cells) + " |")
+    machines = {_machine(found["environment"]) for found in results.values()}
+    lines += [
+        "",
+        f"Measured in ONNX Runtime, one thread, medians of interleaved runs: {'; '.join(sorted(machines))}.",
+    ]
+    return "\n".join([_BEGIN, *lines, _END])
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of the cases the table shows."""
+    return {case: json.loads((folder / f"{case}.json").read_text()) for case in {row.case for row in ROWS}}
+
+
+def current(readme: str) -> str:
+    """The table as it stands in the text of README.md."""
+    return readme[readme.index(_BEGIN) : readme.index(_END) + len(_END)]
+
+
+def _filled(template: str, values: dict[str, Any]) -> str:
+    return re.sub(r"\{([^|{}]+)\|([^}]*)\}", lambda m: format(values[m[1]], m[2]), template)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = environment["versions"]
+    return f"{environment['processor']}, onnxruntime {versions['onnxruntime']}, torch {versions['torch']}"
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(current(text), table(read(ROOT / "bench" / "results"))), encoding="utf-8")
