@@ -11,6 +11,7 @@ does not grow with the number of samples.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from compress.statistics import (
     batched,
     chunks,
     output_error,
+    thinning,
 )
 
 __all__ = ["Need", "Statistics", "Update", "Visitor", "output_error", "sweep"]
@@ -173,7 +175,12 @@ def _collect(
 ) -> Statistics:
     """Stream over the batches; one row matrix of one batch is the most that is held."""
     twin = original.input_of(node.name) if original is not None else None
-    fitting, held_out = Sums(needs, geometry), Sums(needs, geometry)
+    every = 1
+    if geometry is not None:
+        first = lane.value(source, 0)
+        columns = math.prod(geometry.kernel) * first.shape[-len(geometry.kernel) - 1] // geometry.groups
+        every = thinning(geometry.places(first.shape), lane.batches * len(first), columns)
+    fitting, held_out = Sums(needs, geometry, every), Sums(needs, geometry, every)
     samples = 0
     for batch in range(lane.batches):
         mine = lane.value(source, batch)

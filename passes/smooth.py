@@ -1,16 +1,23 @@
-"""SmoothQuant: moves the outliers of activations into weights, where rounding them costs less.
+"""Smoothing and equalization: scales move between layers, to where rounding costs less.
 
-For a linear layer ``y = W x``, ``x / s`` and ``W diag(s)`` give the same y (Xiao et al. 2023). The strength
-is searched for each input on its own, by predicted output error (`compress.passes.solvers.smoothing`).
-``1 / s`` is folded into the layer norm or the gain before the layer where nothing else reads it: free.
-Elsewhere (a residual connection reads it as well, or a nonlinearity made it) it is a multiplication, which
-costs time, so it is put in only where activation rounding would be a large part of the layer's output.
+For a layer ``y = W x``, ``x / s`` and ``W diag(s)`` give the same y for any positive s, one for each input
+channel (SmoothQuant, Xiao et al. 2023). The strength is searched for each input on its own, by predicted
+output error (`compress.passes.solvers.smoothing`). Where ``1 / s`` goes, if nothing else reads the input:
+
+- into the layer norm or the gain before the layer;
+- into the rows of the layer before it, through ReLU, pooling and other positively homogeneous functions
+  (cross-layer equalization, Nagel et al. 2019, section 4.1). Rows have scales of their own: free.
+
+Elsewhere (a residual connection reads the input as well, or GELU made it) it is a multiplication. That costs
+time, so it is put in only before linear layers where activation rounding would be a large part of the output.
 
 Outputs change by float rounding only. For use before `quantize_activations`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +31,13 @@ from compress.pipeline import Context, Note, Pass, PassResult
 
 _aten = torch.ops.aten
 
+_HOMOGENEOUS = {
+    _aten.relu.default, _aten.relu_.default, _aten.leaky_relu.default, _aten.leaky_relu_.default,
+    _aten.max_pool1d.default, _aten.max_pool2d.default, _aten.avg_pool1d.default, _aten.avg_pool2d.default,
+    _aten.adaptive_avg_pool2d.default,
+}  # fmt: skip
+"""``f(s x) = s f(x)`` for positive s, channel by channel."""
+
 
 class Smooth(Pass):
     """Scale activations down and weights up, channel by channel."""
@@ -31,7 +45,7 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     exact: ClassVar[bool] = True
 
-    targets: tuple[str, ...] = Field(("linear",), description="kinds, paths, globs or re: patterns")
+    targets: tuple[str, ...] = Field(("linear", "conv"), description="kinds, paths, globs or re: patterns")
     min_error: float = Field(
         0.02,
         ge=0,
@@ -43,27 +57,32 @@ class Smooth(Pass):
             return PassResult(graph, notes=(Note("", "no calibration data: nothing smoothed"),))
         graph = graph.copy()
         inputs = _by_input(graph, self.select(graph))
-        seen = {source.name: Channels() for source in inputs}
+        # channels are in front of the kernel's axes
+        axis = {source: -(graph.tensors[sites[0].weight].ndim - 1) for source, sites in inputs.items()}
+        seen = {source.name: Channels(axis[source]) for source in inputs}
         observe(graph, context.calibration.inputs(), {name: [c] for name, c in seen.items()})
         folded = multiplied = left = 0
         for source, sites in inputs.items():
             context.progress.step(sites[0].name)
             channels = seen[source.name]
-            weight = torch.cat([graph.tensors[s.weight].float() for s in sites])
+            parts = [_by_channel(graph.tensors[s.weight], s.groups) for s in sites]
+            taps = max(part.shape[2] for part in parts)
+            weight = torch.cat([torch.nn.functional.pad(p, (0, taps - p.shape[2])) for p in parts])
             found = smoothing(channels.low, channels.high, channels.energy, weight)
             if found.gain < 1.1:
                 continue
             if _fold(graph, source, sites, found):
                 folded += 1
-            elif found.error_before >= self.min_error:
+            elif sites[0].kind == "linear" and found.error_before >= self.min_error:
                 _multiply(graph, source, sites, found)
                 multiplied += 1
             else:
                 left += 1
                 continue
             for site in sites:
-                old = graph.tensors[site.weight]
-                graph.tensors[site.weight] = (old.float() * found.scales).to(old.dtype)
+                graph.tensors[site.weight] = _multiplied(
+                    graph.tensors[site.weight], found.scales, site.groups
+                )
         summary = (
             f"inputs smoothed for free: {folded}, by a multiplication: {multiplied}, not worth one: {left}"
         )
@@ -72,22 +91,45 @@ class Smooth(Pass):
 
 
 def _by_input(graph: Graph, sites: list[Site]) -> dict[fx.Node, list[Site]]:
-    """Linear layers by the value they read; only plain float weights that are read once."""
-    readers: dict[str, int] = {}
-    for site in graph.sites():
-        readers[site.weight] = readers.get(site.weight, 0) + 1
+    """Layers by the value they read; only plain float weights that are read once."""
+    readers = Counter(site.weight for site in graph.sites())
     found: dict[fx.Node, list[Site]] = {}
     for site in sites:
-        plain = site.weight not in graph.encodings and site.kind == "linear" and readers[site.weight] == 1
         source = graph.node(site.node).args[0]
-        if plain and isinstance(source, fx.Node) and graph.tensors[site.weight].dtype == torch.float32:
+        if site.kind != "embedding" and isinstance(source, fx.Node) and _plain(graph, site, readers):
             found.setdefault(source, []).append(site)
-    return found
+    return {source: sites for source, sites in found.items() if len({s.kind for s in sites}) == 1}
+
+
+def _plain(graph: Graph, site: Site, readers: Mapping[str, int]) -> bool:
+    """Whether the weight is a float tensor that only this operator reads, as it is."""
+    if site.weight in graph.encodings or readers[site.weight] > 1:
+        return False
+    return graph.tensors[site.weight].dtype == torch.float32
+
+
+def _by_channel(weight: Tensor, groups: int) -> Tensor:
+    """``[O, C / groups, *kernel]`` -> ``[O, C, taps]``; zero where a row does not see a channel."""
+    w = weight.float().reshape(*weight.shape[:2], -1)
+    dense = w.new_zeros(groups, len(w) // groups, groups, *w.shape[1:])
+    for g, part in enumerate(w.unflatten(0, (groups, -1))):
+        dense[g, :, g] = part
+    return dense.flatten(2, 3).flatten(0, 1)
+
+
+def _multiplied(weight: Tensor, scales: Tensor, groups: int) -> Tensor:
+    """The weight times one number for each input channel."""
+    rows = scales.view(groups, -1).repeat_interleave(len(weight) // groups, 0)  # [O, C / groups]
+    return weight * rows.view(*rows.shape, *[1] * (weight.ndim - 2))
 
 
 def _fold(graph: Graph, source: fx.Node, sites: list[Site], found: Smoothing) -> bool:
     """Divide what the value is made with, if these layers are all that reads it."""
     if {user.name for user in source.users} != {site.node for site in sites}:
+        return False
+    if _fold_into_rows(graph, source, found.scales):
+        return True
+    if sites[0].kind == "conv":
         return False
     parts: list[Any] = []
     if source.target is _aten.layer_norm.default:
@@ -100,6 +142,28 @@ def _fold(graph: Graph, source: fx.Node, sites: list[Site], found: Smoothing) ->
     for part in parts:
         name = str(part.target)
         graph.tensors[name] = graph.tensors[name] / found.scales
+    return True
+
+
+def _fold_into_rows(graph: Graph, source: fx.Node, scales: Tensor) -> bool:
+    """Divide the rows of the layer whose output, through homogeneous functions alone, is the value."""
+    while source.target in _HOMOGENEOUS:
+        before = source.args[0]
+        if not isinstance(before, fx.Node) or len(before.users) > 1:
+            return False
+        source = before
+    sites = graph.sites()
+    readers = Counter(site.weight for site in sites)
+    layer = next((s for s in sites if s.node == source.name and s.kind != "embedding"), None)
+    if layer is None or not graph.owns_bias(layer) or not _plain(graph, layer, readers):
+        return False
+    weight = graph.tensors[layer.weight]
+    if len(weight) != len(scales):
+        return False
+    graph.tensors[layer.weight] = weight / scales.view(-1, *[1] * (weight.ndim - 1))
+    bias = graph.bias(layer)
+    if bias is not None:
+        graph.tensors[bias] = graph.tensors[bias] / scales
     return True
 
 

@@ -40,7 +40,7 @@ def run(setup: Setup) -> list[Measurement]:
     weights = setup.file("models/lm_wikitext2_d256.safetensors")
     tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
     corpus = setup.file("data/wikitext2.train.txt.gz")
-    recipes = ("int4",) if setup.quick else ("int8", "int4")
+    recipes = ("int4",) if setup.quick else ("int8", "int8-weight-only", "int4")
     common = (
         "--input",
         _spec(setup),

@@ -7,6 +7,8 @@ whole tensor (step ``R / 255``, R the range of ``x / s``) and each row of W on i
     E(s) =  (R / 255)^2 / 12  sum_j s_j^2 sum_o w_oj^2
             +  sum_o (max_j |w_oj| s_j / 127)^2 / 12  sum_j E[x_j^2] / s_j^2
 
+A convolution has several taps for each j: sums and maxima run over them as well.
+
 Two families of s are tried and the best is taken: SmoothQuant's ``s_j = max|x_j|^a / max_o|w_oj|^(1-a)`` over
 the migration strength a (Xiao et al. 2023, equation 4, there with one strength for the whole model), and
 ``s_j = max(1, max|x_j| / t)``, which touches outliers only.
@@ -45,10 +47,11 @@ def smoothing(low: Tensor, high: Tensor, energy: Tensor, weight: Tensor) -> Smoo
     Args:
         low, high: float ``[N]``, smallest and largest value of each input channel.
         energy: float ``[N]``, ``E[x_j^2]``.
-        weight: float ``[O, N]``; of all layers that read the input, one below the other.
+        weight: float ``[O, N]`` or ``[O, N, taps]``; of all layers that read the input, one below the other.
     """
-    w, magnitude = weight.double(), torch.maximum(-low, high).double().clamp_min(1e-12)
-    columns, tops = w.square().sum(0), w.abs()
+    w = weight.double().reshape(*weight.shape[:2], -1)
+    magnitude = torch.maximum(-low, high).double().clamp_min(1e-12)
+    columns, tops = w.square().sum((0, 2)), w.abs().amax(2)
     low, high, energy = low.double(), high.double(), energy.double()
 
     def error(s: Tensor) -> float:

@@ -17,7 +17,7 @@ from compress.errors import CalibrationError
 from compress.graph import Site
 from compress.passes.cleanup import Cleanup
 from compress.passes.quantize_weights import QuantizeWeights
-from compress.statistics import CHUNK, Geometry, chunks, rows_of
+from compress.statistics import CHUNK, ROWS, Geometry, Sums, chunks, rows_of, thinning
 from compress.testing import MODELS, assert_close, make
 
 ALL = frozenset({"diag", "mean", "H", "G"})
@@ -193,6 +193,54 @@ def test_rows_times_weight_is_the_convolution(
     out = rows @ weight.flatten(1).view(groups, 8 // groups, -1).mT  # [groups, rows, O/groups]
     have = out.permute(1, 0, 2).reshape(2, -1, 8).mT.reshape(want.shape)
     assert_close(want, have, db=100)
+
+
+@pytest.mark.parametrize(("stride", "padding", "kernel"), [(1, 1, 3), (2, 0, 3), (3, 2, 5)])
+def test_thinned_rows_are_every_place_equally_often(stride: int, padding: int, kernel: int) -> None:
+    geometry = Geometry((kernel,) * 2, (stride,) * 2, ((padding, padding),) * 2, (1, 1), 2)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 4, 19, 23, generator=generator)
+    places = geometry.places(image.shape)
+    everything = rows_of(image, geometry)
+    assert everything.shape[1] == places[0] * places[1]
+    sums = Sums(frozenset({"H", "mean"}), geometry, every=3)
+    for part in image.expand(18, -1, -1, -1).split((5, 4, 9)):  # twice each of the nine grids
+        sums.add(part, None)
+    assert sums.rows == 2 * everything.shape[1]
+    found = sums.statistics()
+    assert found.H is not None and found.mean is not None
+    assert_close(everything.mT @ everything / everything.shape[1], found.H, db=100)
+    assert_close(everything.mean(1), found.mean, db=80)
+
+
+def test_rows_are_thinned_where_there_are_many() -> None:
+    assert thinning((32, 32), 16, 144) == 1
+    for places, samples, columns in (((32, 32), 512, 144), ((112, 112), 64, 27), ((50_000,), 9, 5)):
+        every = thinning(places, samples, columns)
+        assert every > 1
+        kept = samples * torch.tensor([max(1, p // every) for p in places]).prod()
+        assert ROWS / 2 < kept < 4 * ROWS
+    assert thinning((7, 7), 10**9, 9) == 7
+    assert thinning((56, 56), 64, 2000) == 1
+
+
+def test_a_thinned_sweep_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smooth images: neighbouring patches are nearly the same, as in real ones."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 3, 9, 9, generator=generator)
+    images = nn.functional.interpolate(images, (36, 36), mode="bicubic")
+    graph = compress.capture(nn.Conv2d(3, 4, 3, padding=1), (images[:2],))
+    found = []
+    for rows in (10**9, 1000):
+        monkeypatch.setattr("compress.statistics.ROWS", rows)
+
+        def visit(site: Any, weight: Tensor, statistics: Any) -> None:
+            found.append(statistics)
+
+        sweep(graph, graph.sites(), visit, batches=[(images,)], needs=frozenset({"H"}))
+    whole, thin = found
+    assert thin.rows < whole.rows / 9
+    assert float((thin.H - whole.H).norm() / whole.H.norm()) < 0.15
 
 
 def test_rows_are_made_in_pieces_of_bounded_size() -> None:

@@ -61,6 +61,51 @@ def test_rounded_activations_profit(post: bool) -> None:
     assert found[1] > found[0] + 5
 
 
+class Convolutions(nn.Module):
+    """A depthwise pair through ReLU, a linear bottleneck, a layer behind a pool, two that read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 12, 1)
+        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.narrow = nn.Conv2d(12, 6, 1, bias=False)
+        self.grouped = nn.Conv2d(6, 8, 3, padding=1, groups=2)
+        self.first = nn.Conv2d(8, 8, 1)
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        with torch.no_grad():
+            scales = torch.logspace(-1.5, 1.5, 12)  # channels of very different size, all of the same weight
+            for layer in (self.wide, self.deep):
+                layer.weight *= scales.view(-1, 1, 1, 1)
+                layer.bias *= scales
+            self.deep.weight /= scales.view(-1, 1, 1, 1)
+            self.narrow.weight /= scales.view(-1, 1, 1)
+            self.grouped.weight[:4] *= 50
+            self.first.weight *= torch.tensor([1, 9]).repeat(4).view(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.narrow(self.deep(self.wide(x).relu()).relu())
+        x = nn.functional.max_pool2d(self.grouped(x), 2)
+        x = self.first(x)
+        return self.one(x) + self.other(x)
+
+
+def test_scales_move_between_convolutions() -> None:
+    torch.manual_seed(0)
+    module = Convolutions().eval()
+    x = torch.randn(8, 3, 10, 10)
+    result = compress.run(module, [Smooth()], example_inputs=[x[:2]], calibration=[x])
+    assert_close(module(x).detach(), result.graph.run([x])[0], db=110)
+    # wide -> deep -> narrow -> grouped -> first -> one and other
+    assert "free: 5, by a multiplication: 0" in result.report.passes[0].notes[0].reason
+    found = []
+    for passes in ([], [Smooth()]):
+        graph = compress.run(
+            module, [*passes, QuantizeActivations()], example_inputs=[x[:2]], calibration=[x]
+        ).graph
+        found.append(sqnr_db(module(x), graph.run([x])[0]))
+    assert found[1] > found[0] + 3
+
+
 def test_weights_are_fitted_to_the_smoothed_inputs() -> None:
     """What layers read is scaled, and their weights with it: the captured graph is nothing to aim at."""
     module, x = block(post=False)
