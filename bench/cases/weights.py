@@ -2,7 +2,7 @@
 
 Everybody gets the same model, the same calibration samples in the same order, one thread, and stores
 the same bits: groups of 32 with a scale and a zero point. The weights that come out are put into the float
-model, which is then judged by one evaluation. Linear layers only, the output head included.
+model, which is then judged by one evaluation. Linear layers only, the output head included; biases stay.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _compared(setup: Setup, subject: _Subject, bits: int) -> Iterator[Measuremen
 def _ours(subject: _Subject, bits: int, method: str) -> tuple[float, float]:
     step: dict[str, Any] = {
         "pass": "quantize_weights", "bits": bits, "group_size": _GROUP, "symmetric": False,
-        "targets": ["linear"], "method": method,
+        "targets": ["linear"], "method": method, "bias_correction": False,
     }  # fmt: skip
     if method == "rtn":
         step["scales"] = "absmax"
