@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import compress
 from bench import models, text
 from bench.measure import Measurement, Setup, measured, true
-from bench.peers.environments import Job, PeerMissing, ask, write_samples
+from bench.peers.environments import Job, PeerMissing, ask, is_ready, write_samples
 
 _GROUP = 32
 _PEERS = (
@@ -57,7 +57,7 @@ class _Subject:
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """MiniLM and the small language model; when quick, 4 bits of the latter beside one peer."""
+    """MiniLM and the language model; when quick, 4 bits of the latter, beside one peer if it is installed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_grad_enabled(False)
     found: list[Measurement] = []
@@ -73,7 +73,9 @@ def _compared(setup: Setup, subject: _Subject, bits: int) -> Iterator[Measuremen
     for method in _OURS:
         ours[method] = _ours(subject, bits, method)
     samples = write_samples(setup.work / f"{subject.name}.safetensors", subject.calibration)
-    for peer, method in _PEERS[2:3] if setup.quick else _PEERS:
+    # installing a peer takes minutes and a gigabyte
+    quick = [(peer, method) for peer, method in _PEERS[2:3] if is_ready(peer)]
+    for peer, method in quick if setup.quick else _PEERS:
         job = Job(subject.model, subject.weights, str(samples), subject.batch, method, bits, _GROUP, False)
         try:
             answer = ask(peer, job, setup.work)

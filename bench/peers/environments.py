@@ -95,11 +95,9 @@ def ask(peer: str, job: Job, work: Path) -> Answer:
 
 def interpreter(peer: str) -> Path:
     """The Python of a peer's environment, which is made if it is not there or its list has changed."""
-    wanted = _HERE / f"{peer}.txt"
-    stamp = hashlib.sha256(wanted.read_bytes()).hexdigest()
-    folder = ROOT / "build" / "bench" / "peers" / peer
-    python, ready = folder / "bin" / "python", folder / "ready"
-    if ready.exists() and ready.read_text() == stamp:
+    wanted, folder = _HERE / f"{peer}.txt", _folder(peer)
+    python = folder / "bin" / "python"
+    if is_ready(peer):
         return python
     print(f"installing {peer} and what it needs, once", file=sys.stderr)
     venv.create(folder, clear=True, with_pip=True)
@@ -107,8 +105,22 @@ def interpreter(peer: str) -> Path:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PeerMissing(f"{peer} cannot be installed: {_last_line(done.stderr)}")
-    ready.write_text(stamp)
+    (folder / "ready").write_text(_stamp(peer))
     return python
+
+
+def is_ready(peer: str) -> bool:
+    """Whether the environment is there, and made from the list as it is."""
+    ready = _folder(peer) / "ready"
+    return ready.exists() and ready.read_text() == _stamp(peer)
+
+
+def _folder(peer: str) -> Path:
+    return ROOT / "build" / "bench" / "peers" / peer
+
+
+def _stamp(peer: str) -> str:
+    return hashlib.sha256((_HERE / f"{peer}.txt").read_bytes()).hexdigest()
 
 
 def _last_line(text: str) -> str:
