@@ -85,7 +85,8 @@ def ask(peer: str, job: Job, work: Path) -> Answer:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # workers find what they share beside them, which our own scripts must not
+        env={n: v for n, v in os.environ.items() if n != "PYTHONSAFEPATH"} | {"HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
         raise RuntimeError(f"{peer} {job.method}, {job.bits} bits: {done.stderr[-3000:]}")

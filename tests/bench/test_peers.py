@@ -21,6 +21,7 @@ def environments(monkeypatch, tmp_path):
         "import json, sys\n"
         "from pathlib import Path\n"
         "from safetensors.torch import load_file, save_file\n"
+        "import shared\n"
         "job = json.loads(Path(sys.argv[1]).read_text())\n"
         "if job['method'] == 'fail':\n"
         "    raise SystemExit('on purpose')\n"
@@ -29,6 +30,8 @@ def environments(monkeypatch, tmp_path):
         "print('noise')\n"
         "print(json.dumps({'seconds': 1.5, 'peak_bytes': 7}))\n"
     )
+    (here / "shared.py").write_text("")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
     monkeypatch.setattr(module, "_HERE", here)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
