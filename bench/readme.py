@@ -109,6 +109,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         f"Measured in ONNX Runtime, one thread, medians of interleaved runs: {'; '.join(sorted(machines))}.",
+        "Bold is ours. Below 1 is slower than float. `python bench/run.py minilm lm resnet20` repeats it.",
     ]
     return "\n".join([_BEGIN, *lines, _END])
 
