@@ -1,0 +1,308 @@
+"""CHITA: pruning as an l0-constrained least-squares problem in the gradients of single samples.
+
+With the empirical Fisher information as Hessian, the loss around the dense weights ``w~`` is, but for a
+constant,
+
+    Q(w) = |G (w - w~) + c 1|^2 / (2 n) + ridge / 2 |w - w~|^2,
+
+to be minimised over all w with at most k entries that are not zero (Benbaki et al. 2023, "Fast as CHITA:
+Neural Network Pruning with Combinatorial Optimization", section 2). The Hessian is never formed. ``c = 0``
+says that the dense model has converged; ``c > 0`` keeps the first-order term ``c / n G^T 1 w`` of the loss,
+which lies in the rows of G and so needs nothing but this shift (`first_order`).
+
+`back_solve` is the exact solution on a support, over all weights jointly or with a Fisher information that is
+block-diagonal in the rows (output channels) of the weights: n samples cannot tell how millions of weights
+depend on each other. Supports come from magnitudes, from saliencies of Optimal Brain Surgeon with the
+blocks of rows as Hessian, removed in rounds with a back-solve after each (Hassibi & Stork 1993; Singh &
+Alistarh 2020), or from iterative hard thresholding (section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.passes.solvers.fisher import Gradients
+from compress.passes.solvers.masks import keep_largest
+
+Block = Literal["row", "model"]
+Scope = Literal["global", "layer"]
+
+_CHUNK = 1 << 23
+"""Elements of rows x samples x weights worked on at a time."""
+_LEAST_RIDGE = 1e-12
+_ROUNDS = 8
+_HALVINGS = 6
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The quadratic model Q of the loss around some weights.
+
+    Attributes:
+        weights: the dense weights, float32 ``[O, K]`` each.
+        gradients: of the samples, at these weights; one for each weight.
+        ridge: > 0, in units of the Fisher information.
+        first_order: c, not negative.
+    """
+
+    weights: tuple[Tensor, ...]
+    gradients: tuple[Gradients, ...]
+    ridge: float
+    first_order: float = 0.0
+
+    @property
+    def samples(self) -> int:
+        """n"""
+        return self.gradients[0].samples
+
+    def times(self, values: tuple[Tensor, ...]) -> Tensor:
+        """``G v``, float32 ``[n]``."""
+        terms = [g.times(v) for g, v in zip(self.gradients, values, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def objective(self, values: tuple[Tensor, ...]) -> float:
+        """Q."""
+        step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
+        r = (self.times(step) + self.first_order).double()
+        pull = sum(float(d.double().square().sum()) for d in step)
+        return float(r.square().sum()) / (2 * self.samples) + self.ridge / 2 * pull
+
+    def slope(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradient of Q, float32 ``[O, K]`` each."""
+        step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
+        r = (self.times(step) + self.first_order) / self.samples
+        return tuple(
+            g.transposed(r).add_(d, alpha=self.ridge) for g, d in zip(self.gradients, step, strict=True)
+        )
+
+
+def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
+    """Mean diagonal entry of the Fisher information over all weights: the unit to give a ridge in."""
+    energy = count = 0.0
+    for g in gradients:
+        rows, columns = g.shape
+        count += rows * columns * g.samples
+        step = max(1, _CHUNK // max(1, g.samples * columns))
+        for start in range(0, rows, step):
+            energy += float(g.rows(start, min(start + step, rows)).square().sum(dtype=torch.float64))
+    return energy / max(count, 1.0)
+
+
+def threshold(scores: tuple[Tensor, ...], sparsity: float, scope: Scope) -> tuple[Tensor, ...]:
+    """Supports that keep the largest scores, of all weights together or of each: bool masks, exact counts."""
+    if scope == "layer":
+        return tuple(keep_largest(s, sparsity) for s in scores)
+    joint = keep_largest(torch.cat([s.flatten() for s in scores]), sparsity)
+    parts = torch.split(joint, [s.numel() for s in scores])
+    return tuple(part.view_as(s) for part, s in zip(parts, scores, strict=True))
+
+
+# -- values on a support ---------------------------------------------------------------------------
+
+
+def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    """The minimiser of Q over the weights that are zero outside a support.
+
+    "model", by Woodbury's identity, with S the support and R the rest:
+    ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 (G_R w~_R - c 1)``, one factorisation of an n x n
+    matrix, in double precision. "row": the same for each row of each weight alone, in the smaller of its
+    two forms.
+
+    Args:
+        masks: bool ``[O, K]`` each, True = kept.
+
+    Returns:
+        float32 ``[O, K]`` each, zero where a mask is False.
+    """
+    if block == "row":
+        return tuple(
+            _rows(problem, i, mask, problem.weights[i], saliencies=False)[0] for i, mask in enumerate(masks)
+        )
+    n = problem.samples
+    kernel = torch.zeros(n, n, dtype=torch.float64)
+    for gradients, mask in zip(problem.gradients, masks, strict=True):
+        kernel += gradients.gram(mask)
+    kernel.diagonal().add_(n * max(problem.ridge, _LEAST_RIDGE))
+    removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
+    r = (problem.times(removed) - problem.first_order).double()
+    z = torch.cholesky_solve(r.unsqueeze(1), torch.linalg.cholesky(kernel)).squeeze(1).float()
+    return tuple(
+        torch.where(m, w + g.transposed(z), 0.0)
+        for w, m, g in zip(problem.weights, masks, problem.gradients, strict=True)
+    )
+
+
+def _rows(
+    problem: Quadratic, index: int, mask: Tensor, values: Tensor, *, saliencies: bool
+) -> tuple[Tensor, Tensor]:
+    """Row-wise solution of one weight on a support, and the saliencies of `values` there.
+
+    Of each row only the columns of its support are worked on. The saliency of an entry is what Q rises by
+    when it goes and the others of its row take over what they can:
+    ``v_j^2 / (2 [(F_SS + ridge I)^-1]_jj)``. What is not asked for is zero.
+    """
+    gradients, weight = problem.gradients[index], problem.weights[index]
+    rows, columns = weight.shape
+    n, ridge = problem.samples, max(problem.ridge, _LEAST_RIDGE)
+    solution, scores = torch.zeros_like(weight), torch.zeros_like(weight)
+    step = max(1, _CHUNK // max(1, n * columns))
+    for start in range(0, rows, step):
+        here = slice(start, min(start + step, rows))
+        kept, w = mask[here], weight[here]
+        width = int(kept.sum(1).max())
+        if width == 0:
+            continue
+        g = gradients.rows(here.start, here.stop)  # [r, n, K]
+        r = (g @ w.masked_fill(kept, 0.0).unsqueeze(2)).sub_(problem.first_order)  # [r, n, 1]
+        place = torch.argsort(kept, dim=1, descending=True, stable=True)[:, :width]
+        valid = kept.gather(1, place)
+        # rows of fewer entries than the widest: zero columns, which the ridge keeps apart
+        g = g.gather(2, place.unsqueeze(1).expand(-1, n, -1)).mul_(valid.unsqueeze(1))
+        factor = _factor(g @ g.mT if n < width else g.mT @ g, n * ridge)
+        if saliencies:
+            inverse = _inverse_diagonal(g, factor, n, ridge)
+            found = values[here].gather(1, place).square().mul_(valid) / (2 * inverse)
+            scores[here].scatter_(1, place, found)
+        else:
+            change = (
+                g.mT @ torch.cholesky_solve(r, factor)
+                if n < width
+                else torch.cholesky_solve(g.mT @ r, factor)
+            )
+            found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
+            solution[here].scatter_(1, place, found)
+    return solution, scores
+
+
+def _factor(matrices: Tensor, ridge: float) -> Tensor:
+    """Cholesky factors of ``A + ridge I``: computed in double precision, float32 ``[..., m, m]``."""
+    matrices = matrices.double()
+    matrices.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    return torch.linalg.cholesky(matrices).float()
+
+
+def _inverse_diagonal(g: Tensor, factor: Tensor, n: int, ridge: float) -> Tensor:
+    """Diagonal of ``(g^T g / n + ridge I)^-1``: float32 ``[r, k]`` for g ``[r, n, k]``."""
+    if n < g.shape[2]:
+        covered = torch.linalg.solve_triangular(factor, g, upper=False).square().sum(1)
+        # never quite 1, whatever rounding says: the inverse is positive
+        return (1 - covered).clamp_(min=1e-6).div_(ridge)
+    eye = torch.eye(g.shape[2]).expand_as(factor)
+    return torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(1).mul_(n)
+
+
+# -- supports --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Weights (float32 ``[O, K]`` each), the support they are zero outside of, and where it came from."""
+
+    values: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    support: str
+    block: Block
+    ridge: float
+
+
+def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope, block: Block) -> Solution:
+    """The largest ``|w~|`` stay."""
+    masks = threshold(tuple(w.abs() for w in problem.weights), sparsity, scope)
+    return Solution(back_solve(problem, masks, block), masks, "magnitude", block, problem.ridge)
+
+
+def by_saliency(
+    problem: Quadratic, sparsity: float, scope: Scope, block: Block, *, rounds: int = 3
+) -> Solution:
+    """The largest saliencies stay; each round removes the same fraction, and solves for what stays."""
+    values = problem.weights
+    masks = tuple(torch.ones_like(w, dtype=torch.bool) for w in values)
+    for done in range(1, rounds + 1):
+        found = (_rows(problem, i, mask, values[i], saliencies=True)[1] for i, mask in enumerate(masks))
+        # what is gone stays gone
+        scores = tuple(s.masked_fill(~m, -1.0) for s, m in zip(found, masks, strict=True))
+        masks = threshold(scores, 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity, scope)
+        values = back_solve(problem, masks, block)
+    return Solution(values, masks, "saliency", block, problem.ridge)
+
+
+def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope: Scope) -> Solution:
+    """Iterative hard thresholding over all weights jointly, from a solution.
+
+    ``w <- H_k(w - t grad Q(w))`` followed by the back-solve on the new support, as long as Q falls; t is the
+    exact minimiser of Q along its gradient, halved while the step does not pay.
+    """
+    values = back_solve(problem, start.masks, "model") if start.block != "model" else start.values
+    masks = start.masks
+    least = problem.objective(values)
+    for _ in range(_ROUNDS):
+        slope = problem.slope(values)
+        energy = sum(float(s.double().square().sum()) for s in slope)
+        along = float(problem.times(slope).double().square().sum()) / problem.samples
+        curvature = along + problem.ridge * energy
+        better = None
+        for halving in range(_HALVINGS):
+            step = energy / max(curvature, 1e-300) / 2**halving
+            scores = tuple((v - step * s).abs() for v, s in zip(values, slope, strict=True))
+            new = threshold(scores, sparsity, scope)
+            if all(bool((a == b).all()) for a, b in zip(new, masks, strict=True)):
+                break
+            solved = back_solve(problem, new, "model")
+            if (objective := problem.objective(solved)) < least * (1 - 1e-7):
+                better = (solved, new, objective)
+                break
+        if better is None:
+            break
+        values, masks, least = better
+    return Solution(values, masks, "thresholding", "model", problem.ridge)
+
+
+# -- all of it -------------------------------------------------------------------------------------
+
+RIDGE = 0.2
+"""Of the mean diagonal of the Fisher information. Results are flat within a factor of ten around it."""
+
+
+def solve(
+    weights: tuple[Tensor, ...],
+    gradients: tuple[Gradients, ...],
+    sparsity: float,
+    *,
+    scope: Scope = "global",
+    ridge: float | None = None,
+    first_order: float = 0.0,
+    judge: Callable[[tuple[Tensor, ...]], float],
+) -> Solution:
+    """Prune: the best of several supports, forms of the Fisher information, and ridges.
+
+    Args:
+        weights: dense, float32 ``[O, K]`` each.
+        gradients: of the loss of n samples at these weights; one for each weight.
+        sparsity: fraction to remove.
+        scope: over all weights together, or of each.
+        ridge: in units of `mean_diagonal`; None tries a third and three times `RIDGE` as well.
+        first_order: c of the model.
+        judge: loss of given weights on samples that `gradients` does not hold; the least wins.
+    """
+    unit = mean_diagonal(gradients)
+
+    def problem(relative: float) -> Quadratic:
+        return Quadratic(weights, gradients, max(relative * unit, _LEAST_RIDGE), first_order)
+
+    first = problem(RIDGE if ridge is None else ridge)
+    blocks: tuple[Block, ...] = ("row", "model")
+    tried = [by_saliency(first, sparsity, scope, block) for block in blocks]
+    tried += [by_magnitude(first, sparsity, scope, block) for block in blocks]
+    tried.append(by_thresholding(first, tried[1], sparsity, scope))
+    losses = [judge(s.values) for s in tried]
+    best = tried[losses.index(min(losses))]
+    if ridge is None and best.support != "thresholding":
+        how = by_saliency if best.support == "saliency" else by_magnitude
+        more = [how(problem(RIDGE * factor), sparsity, scope, best.block) for factor in (1 / 3, 3.0)]
+        tried, losses = [*tried, *more], losses + [judge(s.values) for s in more]
+    return tried[losses.index(min(losses))]

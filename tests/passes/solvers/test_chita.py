@@ -1,0 +1,222 @@
+"""The solver against explicit solves with the dense Hessian, and against all supports of tiny problems."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compress.passes.solvers.chita import (
+    Block,
+    Quadratic,
+    _rows,
+    back_solve,
+    by_magnitude,
+    by_saliency,
+    by_thresholding,
+    mean_diagonal,
+    solve,
+)
+from compress.passes.solvers.fisher import Gradients
+from compress.testing import assert_close
+
+BLOCKS: tuple[Block, ...] = ("row", "model")
+
+
+def example(
+    n: int, seed: int, *, ridge: float = 0.1, first_order: float = 0.0, rows: int = 3, columns: int = 5
+) -> Quadratic:
+    """Two weights, one with factored gradients and one without."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weights = noise(rows, columns), noise(2, 3)
+    mix = torch.eye(columns) + noise(columns, columns) / 2
+    gradients = (
+        Gradients.of(noise(n, 1, columns) @ mix, noise(n, 1, rows)),
+        Gradients(product=noise(n, 2, 3)),
+    )
+    return Quadratic(weights, gradients, ridge, first_order)
+
+
+def flat(values: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([v.flatten() for v in values])
+
+
+def rows_of(problem: Quadratic) -> Tensor:
+    """Which row each parameter belongs to, counted over both weights."""
+    (a, b), (c, d) = (w.shape for w in problem.weights)
+    return torch.cat([torch.arange(a).repeat_interleave(b), a + torch.arange(c).repeat_interleave(d)])
+
+
+def dense(problem: Quadratic, block: Block) -> tuple[Tensor, Tensor]:
+    """Hessian and slope at the dense weights, float64."""
+    G = torch.cat([g.dense().flatten(1) for g in problem.gradients], 1).double()
+    hessian = G.T @ G / len(G)
+    if block == "row":
+        owner = rows_of(problem)
+        hessian *= owner[:, None] == owner[None, :]
+    hessian += problem.ridge * torch.eye(len(hessian), dtype=torch.float64)
+    return hessian, problem.first_order * G.mean(0)
+
+
+def explicit(problem: Quadratic, mask: Tensor, block: Block) -> Tensor:
+    """The minimiser on a support from the normal equations."""
+    hessian, slope = dense(problem, block)
+    w = flat(problem.weights).double()
+    found = torch.zeros_like(w)
+    s = mask.nonzero().flatten()
+    if len(s):
+        found[s] = torch.linalg.solve(hessian[s][:, s], (hessian @ w - slope)[s])
+    return found.float()
+
+
+def value(problem: Quadratic, v: Tensor, block: Block) -> float:
+    hessian, slope = dense(problem, block)
+    d = v.double() - flat(problem.weights).double()
+    return float(d @ hessian @ d / 2 + slope @ d)
+
+
+def masks_like(problem: Quadratic, seed: int, share: float) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.rand(w.shape, generator=generator) < share for w in problem.weights)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+    ridge=st.sampled_from([1e-3, 0.1, 10.0]),
+    first_order=st.sampled_from([0.0, 1.0, 16.0]),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 9),
+)
+def test_back_solve_is_the_explicit_solution(
+    block: Block, n: int, seed: int, share: float, ridge: float, first_order: float, rows: int, columns: int
+) -> None:
+    problem = example(n, seed, ridge=ridge, first_order=first_order, rows=rows, columns=columns)
+    masks = masks_like(problem, seed, share)
+    found = flat(back_solve(problem, masks, block))
+    kept = flat(masks)
+    assert (found[~kept] == 0).all()
+    if kept.any():
+        assert_close(explicit(problem, kept, block), found, db=50)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 12), seed=st.integers(0, 99), share=st.floats(0.1, 1), columns=st.integers(1, 9))
+def test_saliency_is_what_removing_an_entry_costs(n: int, seed: int, share: float, columns: int) -> None:
+    problem = example(n, seed, columns=columns)
+    masks = masks_like(problem, seed, share)
+    kept = flat(masks)
+    start = explicit(problem, kept, "row")
+    parts = torch.split(start, [w.numel() for w in problem.weights])
+    values = [p.view_as(w) for p, w in zip(parts, problem.weights, strict=True)]
+    found = flat(
+        tuple(
+            _rows(problem, i, m, v, saliencies=True)[1]
+            for i, (m, v) in enumerate(zip(masks, values, strict=True))
+        )
+    )
+    assert (found[~kept] == 0).all()
+    base = value(problem, start, "row")
+    for j in kept.nonzero().flatten():
+        without = kept.clone()
+        without[j] = False
+        rise = value(problem, explicit(problem, without, "row"), "row") - base
+        assert float(found[j]) == pytest.approx(rise, rel=2e-3, abs=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 99), first_order=st.sampled_from([0.0, 1.0]))
+def test_objective_and_slope(seed: int, first_order: float) -> None:
+    problem = example(6, seed, first_order=first_order)
+    masks = masks_like(problem, seed, 0.5)
+    at = tuple(w * m for w, m in zip(problem.weights, masks, strict=True))
+    constant = first_order**2 / 2
+    assert problem.objective(at) - constant == pytest.approx(
+        value(problem, flat(at), "model"), rel=1e-4, abs=1e-5
+    )
+    hessian, slope = dense(problem, "model")
+    expected = hessian @ (flat(at).double() - flat(problem.weights).double()) + slope
+    assert_close(expected.float(), flat(problem.slope(at)), db=60)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), keep=st.integers(1, 6))
+def test_thresholding_is_never_worse_and_the_optimum_never_better(seed: int, keep: int) -> None:
+    """Of all supports of 9 parameters, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(9, 9, generator=generator)
+    x = torch.randn(30, 9, generator=generator) @ mix
+    gradients = (Gradients(x.unsqueeze(1), torch.ones(30, 1, 1)),)
+    problem = Quadratic((torch.randn(1, 9, generator=generator),), gradients, 1e-2)
+    sparsity = 1 - keep / 9
+    best = min(
+        value(problem, explicit(problem, mask, "model"), "model")
+        for chosen in itertools.combinations(range(9), keep)
+        for mask in [torch.zeros(9, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)]
+    )
+    start = by_magnitude(problem, sparsity, "global", "model")
+    found = by_thresholding(problem, start, sparsity, "global")
+    greedy = by_saliency(problem, sparsity, "global", "model", rounds=9 - keep)
+    assert problem.objective(found.values) <= problem.objective(start.values) * (1 + 1e-6)
+    for solution in (found, greedy):
+        assert int(sum((v != 0).sum() for v in solution.values)) == keep
+        assert problem.objective(solution.values) >= best * (1 - 1e-3) - 1e-6
+
+
+def test_saliency_is_optimal_where_weights_do_not_interact() -> None:
+    """Orthogonal gradients: the entries of largest h_j w_j^2 stay, whatever their magnitudes."""
+    h = torch.tensor([4.0, 1.0, 9.0, 0.25])
+    gradients = (Gradients(product=(torch.diag(h.sqrt()) * 2).view(4, 2, 2)),)
+    problem = Quadratic((torch.tensor([[0.6, 1.0], [0.5, 1.5]]),), gradients, 1e-6)
+    found = by_saliency(problem, 0.5, "global", "model", rounds=1)
+    assert found.masks[0].tolist() == [[True, False], [True, False]]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None:
+    problem = example(8, 0, rows=7, columns=11)
+    judged: list[float] = []
+
+    def judge(values: tuple[Tensor, ...]) -> float:
+        judged.append(value(problem, flat(values), "model"))
+        return judged[-1]
+
+    found = solve(problem.weights, problem.gradients, 0.6, scope=scope, judge=judge)  # type: ignore[arg-type]
+    assert value(problem, flat(found.values), "model") == min(judged)
+    removed = [int((v == 0).sum()) for v in found.values]
+    if scope == "layer":
+        assert removed == [round(0.6 * 77), round(0.6 * 6)]
+    assert sum(removed) == round(0.6 * 83)
+
+
+def test_ridge_is_relative_to_the_fisher_information() -> None:
+    """Gradients a thousand times larger: the same weights."""
+    problem = example(8, 1)
+    larger = tuple(Gradients(product=1e3 * g.dense()) for g in problem.gradients)
+    assert mean_diagonal(larger) == pytest.approx(1e6 * mean_diagonal(problem.gradients), rel=1e-4)
+    results = [
+        solve(problem.weights, g, 0.5, ridge=0.2, judge=lambda v: float(v[0].square().sum()))
+        for g in (problem.gradients, larger)
+    ]
+    assert_close(flat(results[0].values), flat(results[1].values), db=60)
+
+
+def test_dead_inputs_are_removed_first() -> None:
+    x = torch.randn(20, 1, 6, generator=torch.Generator().manual_seed(0))
+    x[..., :3] = 0
+    gradients = (Gradients(x, torch.ones(20, 1, 2)),)
+    problem = Quadratic((torch.full((2, 6), 0.3),), gradients, 1e-3)
+    for block in BLOCKS:
+        found = by_saliency(problem, 0.5, "global", block).masks[0]
+        assert (found == torch.tensor([False] * 3 + [True] * 3)).all()
