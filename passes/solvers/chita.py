@@ -20,7 +20,7 @@ Alistarh 2020), or from iterative hard thresholding (section 3.1).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,8 +35,8 @@ Scope = Literal["global", "layer"]
 _CHUNK = 1 << 23
 """Elements of rows x samples x weights worked on at a time."""
 _LEAST_RIDGE = 1e-12
-_ROUNDS = 8
-_HALVINGS = 6
+_ROUNDS, _HALVINGS = 4, 3
+"""Of iterative hard thresholding; each is a factorisation."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
         float32 ``[O, K]`` each, zero where a mask is False.
     """
     if block == "row":
-        return tuple(
-            _rows(problem, i, mask, problem.weights[i], saliencies=False)[0] for i, mask in enumerate(masks)
-        )
+        return tuple(_rows(problem, i, mask)[0] for i, mask in enumerate(masks))
     n = problem.samples
     kernel = torch.zeros(n, n, dtype=torch.float64)
     for gradients, mask in zip(problem.gradients, masks, strict=True):
@@ -137,14 +135,11 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     )
 
 
-def _rows(
-    problem: Quadratic, index: int, mask: Tensor, values: Tensor, *, saliencies: bool
-) -> tuple[Tensor, Tensor]:
-    """Row-wise solution of one weight on a support, and the saliencies of `values` there.
+def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = False) -> tuple[Tensor, Tensor]:
+    """Row-wise solution of one weight on a support, and saliencies of its entries (zeros if not asked for).
 
     Of each row only the columns of its support are worked on. The saliency of an entry is what Q rises by
-    when it goes and the others of its row take over what they can:
-    ``v_j^2 / (2 [(F_SS + ridge I)^-1]_jj)``. What is not asked for is zero.
+    when it goes and the others of its row take over what they can: ``v_j^2 / (2 [(F_SS + ridge I)^-1]_jj)``.
     """
     gradients, weight = problem.gradients[index], problem.weights[index]
     rows, columns = weight.shape
@@ -161,21 +156,18 @@ def _rows(
         r = (g @ w.masked_fill(kept, 0.0).unsqueeze(2)).sub_(problem.first_order)  # [r, n, 1]
         place = torch.argsort(kept, dim=1, descending=True, stable=True)[:, :width]
         valid = kept.gather(1, place)
-        # rows of fewer entries than the widest: zero columns, which the ridge keeps apart
-        g = g.gather(2, place.unsqueeze(1).expand(-1, n, -1)).mul_(valid.unsqueeze(1))
+        if not bool(kept.all()):
+            # rows of fewer entries than the widest: zero columns, which the ridge keeps apart
+            g = g.gather(2, place.unsqueeze(1).expand(-1, n, -1)).mul_(valid.unsqueeze(1))
         factor = _factor(g @ g.mT if n < width else g.mT @ g, n * ridge)
-        if saliencies:
-            inverse = _inverse_diagonal(g, factor, n, ridge)
-            found = values[here].gather(1, place).square().mul_(valid) / (2 * inverse)
-            scores[here].scatter_(1, place, found)
+        if n < width:
+            change = g.mT @ torch.cholesky_solve(r, factor)
         else:
-            change = (
-                g.mT @ torch.cholesky_solve(r, factor)
-                if n < width
-                else torch.cholesky_solve(g.mT @ r, factor)
-            )
-            found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
-            solution[here].scatter_(1, place, found)
+            change = torch.cholesky_solve(g.mT @ r, factor)
+        found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
+        solution[here].scatter_(1, place, found)
+        if saliencies:
+            scores[here].scatter_(1, place, found.square() / (2 * _inverse_diagonal(g, factor, n, ridge)))
     return solution, scores
 
 
@@ -207,47 +199,45 @@ class Solution:
     masks: tuple[Tensor, ...]
     support: str
     block: Block
-    ridge: float
 
 
-def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope, block: Block) -> Solution:
-    """The largest ``|w~|`` stay."""
+def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope) -> Solution:
+    """The largest ``|w~|`` stay; solved row by row."""
     masks = threshold(tuple(w.abs() for w in problem.weights), sparsity, scope)
-    return Solution(back_solve(problem, masks, block), masks, "magnitude", block, problem.ridge)
+    return Solution(back_solve(problem, masks, "row"), masks, "magnitude", "row")
 
 
-def by_saliency(
-    problem: Quadratic, sparsity: float, scope: Scope, block: Block, *, rounds: int = 3
-) -> Solution:
-    """The largest saliencies stay; each round removes the same fraction, and solves for what stays."""
-    values = problem.weights
-    masks = tuple(torch.ones_like(w, dtype=torch.bool) for w in values)
+def by_saliency(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: int = 3) -> Solution:
+    """The largest saliencies stay; each round removes the same fraction, then solves by rows."""
+    masks = tuple(torch.ones_like(w, dtype=torch.bool) for w in problem.weights)
     for done in range(1, rounds + 1):
-        found = (_rows(problem, i, mask, values[i], saliencies=True)[1] for i, mask in enumerate(masks))
+        found = (_rows(problem, i, mask, saliencies=True)[1] for i, mask in enumerate(masks))
         # what is gone stays gone
         scores = tuple(s.masked_fill(~m, -1.0) for s, m in zip(found, masks, strict=True))
         masks = threshold(scores, 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity, scope)
-        values = back_solve(problem, masks, block)
-    return Solution(values, masks, "saliency", block, problem.ridge)
+    return Solution(back_solve(problem, masks, "row"), masks, "saliency", "row")
+
+
+def jointly(problem: Quadratic, start: Solution) -> Solution:
+    """The same support, solved for all weights jointly."""
+    return replace(start, values=back_solve(problem, start.masks, "model"), block="model")
 
 
 def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope: Scope) -> Solution:
-    """Iterative hard thresholding over all weights jointly, from a solution.
+    """Iterative hard thresholding over all weights jointly, from a joint solution.
 
     ``w <- H_k(w - t grad Q(w))`` followed by the back-solve on the new support, as long as Q falls; t is the
     exact minimiser of Q along its gradient, halved while the step does not pay.
     """
-    values = back_solve(problem, start.masks, "model") if start.block != "model" else start.values
-    masks = start.masks
+    values, masks = start.values, start.masks
     least = problem.objective(values)
     for _ in range(_ROUNDS):
         slope = problem.slope(values)
         energy = sum(float(s.double().square().sum()) for s in slope)
         along = float(problem.times(slope).double().square().sum()) / problem.samples
-        curvature = along + problem.ridge * energy
         better = None
         for halving in range(_HALVINGS):
-            step = energy / max(curvature, 1e-300) / 2**halving
+            step = energy / max(along + problem.ridge * energy, 1e-300) / 2**halving
             scores = tuple((v - step * s).abs() for v, s in zip(values, slope, strict=True))
             new = threshold(scores, sparsity, scope)
             if all(bool((a == b).all()) for a, b in zip(new, masks, strict=True)):
@@ -259,13 +249,13 @@ def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope:
         if better is None:
             break
         values, masks, least = better
-    return Solution(values, masks, "thresholding", "model", problem.ridge)
+    return Solution(values, masks, "thresholding", "model")
 
 
 # -- all of it -------------------------------------------------------------------------------------
 
-RIDGE = 0.2
-"""Of the mean diagonal of the Fisher information. Results are flat within a factor of ten around it."""
+RIDGES = (0.2, 0.05, 0.8)
+"""Of the mean diagonal of the Fisher information; the first one is tried with every support."""
 
 
 def solve(
@@ -285,24 +275,25 @@ def solve(
         gradients: of the loss of n samples at these weights; one for each weight.
         sparsity: fraction to remove.
         scope: over all weights together, or of each.
-        ridge: in units of `mean_diagonal`; None tries a third and three times `RIDGE` as well.
+        ridge: in units of `mean_diagonal`; None tries all of `RIDGES`.
         first_order: c of the model.
         judge: loss of given weights on samples that `gradients` does not hold; the least wins.
     """
     unit = mean_diagonal(gradients)
-
-    def problem(relative: float) -> Quadratic:
-        return Quadratic(weights, gradients, max(relative * unit, _LEAST_RIDGE), first_order)
-
-    first = problem(RIDGE if ridge is None else ridge)
-    blocks: tuple[Block, ...] = ("row", "model")
-    tried = [by_saliency(first, sparsity, scope, block) for block in blocks]
-    tried += [by_magnitude(first, sparsity, scope, block) for block in blocks]
-    tried.append(by_thresholding(first, tried[1], sparsity, scope))
-    losses = [judge(s.values) for s in tried]
+    ridges = RIDGES if ridge is None else (ridge,)
+    first, *others = (
+        Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), first_order) for relative in ridges
+    )
+    tried = [by_saliency(first, sparsity, scope), by_magnitude(first, sparsity, scope)]
+    tried += [jointly(first, solution) for solution in tried]
+    losses = [judge(solution.values) for solution in tried]
     best = tried[losses.index(min(losses))]
-    if ridge is None and best.support != "thresholding":
+    more = []
+    if best.block == "model":
+        more.append(by_thresholding(first, best, sparsity, scope))
+    for problem in others:
         how = by_saliency if best.support == "saliency" else by_magnitude
-        more = [how(problem(RIDGE * factor), sparsity, scope, best.block) for factor in (1 / 3, 3.0)]
-        tried, losses = [*tried, *more], losses + [judge(s.values) for s in more]
+        again = how(problem, sparsity, scope)
+        more.append(again if best.block == "row" else jointly(problem, again))
+    tried, losses = [*tried, *more], losses + [judge(solution.values) for solution in more]
     return tried[losses.index(min(losses))]

@@ -18,6 +18,7 @@ from compress.passes.solvers.chita import (
     by_magnitude,
     by_saliency,
     by_thresholding,
+    jointly,
     mean_diagonal,
     solve,
 )
@@ -118,14 +119,7 @@ def test_saliency_is_what_removing_an_entry_costs(n: int, seed: int, share: floa
     masks = masks_like(problem, seed, share)
     kept = flat(masks)
     start = explicit(problem, kept, "row")
-    parts = torch.split(start, [w.numel() for w in problem.weights])
-    values = [p.view_as(w) for p, w in zip(parts, problem.weights, strict=True)]
-    found = flat(
-        tuple(
-            _rows(problem, i, m, v, saliencies=True)[1]
-            for i, (m, v) in enumerate(zip(masks, values, strict=True))
-        )
-    )
+    found = flat(tuple(_rows(problem, i, m, saliencies=True)[1] for i, m in enumerate(masks)))
     assert (found[~kept] == 0).all()
     base = value(problem, start, "row")
     for j in kept.nonzero().flatten():
@@ -165,9 +159,9 @@ def test_thresholding_is_never_worse_and_the_optimum_never_better(seed: int, kee
         for chosen in itertools.combinations(range(9), keep)
         for mask in [torch.zeros(9, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)]
     )
-    start = by_magnitude(problem, sparsity, "global", "model")
+    start = jointly(problem, by_magnitude(problem, sparsity, "global"))
     found = by_thresholding(problem, start, sparsity, "global")
-    greedy = by_saliency(problem, sparsity, "global", "model", rounds=9 - keep)
+    greedy = by_saliency(problem, sparsity, "global", rounds=9 - keep)
     assert problem.objective(found.values) <= problem.objective(start.values) * (1 + 1e-6)
     for solution in (found, greedy):
         assert int(sum((v != 0).sum() for v in solution.values)) == keep
@@ -179,7 +173,7 @@ def test_saliency_is_optimal_where_weights_do_not_interact() -> None:
     h = torch.tensor([4.0, 1.0, 9.0, 0.25])
     gradients = (Gradients(product=(torch.diag(h.sqrt()) * 2).view(4, 2, 2)),)
     problem = Quadratic((torch.tensor([[0.6, 1.0], [0.5, 1.5]]),), gradients, 1e-6)
-    found = by_saliency(problem, 0.5, "global", "model", rounds=1)
+    found = by_saliency(problem, 0.5, "global", rounds=1)
     assert found.masks[0].tolist() == [[True, False], [True, False]]
 
 
@@ -217,6 +211,5 @@ def test_dead_inputs_are_removed_first() -> None:
     x[..., :3] = 0
     gradients = (Gradients(x, torch.ones(20, 1, 2)),)
     problem = Quadratic((torch.full((2, 6), 0.3),), gradients, 1e-3)
-    for block in BLOCKS:
-        found = by_saliency(problem, 0.5, "global", block).masks[0]
-        assert (found == torch.tensor([False] * 3 + [True] * 3)).all()
+    found = by_saliency(problem, 0.5, "global").masks[0]
+    assert (found == torch.tensor([False] * 3 + [True] * 3)).all()

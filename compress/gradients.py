@@ -1,0 +1,154 @@
+"""Gradients of single samples at the sites of a graph, as factors: what a layer reads times what it is worth.
+
+The sweep of `compress.calibration` only goes forwards; this is the other collector. One batched pass
+forwards and backwards gives, for all samples of a batch and all sites at once, the input x and the gradient
+delta of the loss with respect to the output; a sample's gradient of the weight is ``sum_t delta_t x_t^T``.
+Nothing of the size samples x parameters is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.errors import PassError
+from compress.graph import Graph, Site, has_effect, last_uses
+from compress.sensitivity import logits
+from compress.statistics import Geometry, rows_of
+
+
+@dataclass(frozen=True)
+class SiteGradient:
+    """Factors of the gradients at one site, by convolution group (one group elsewhere).
+
+    Attributes:
+        x: float32 ``[groups, B, T, N]``, inputs of B samples: tokens, or patches of a convolution.
+        delta: float32 ``[groups, B, T, O / groups]``, gradients of each sample's loss.
+    """
+
+    x: Tensor
+    delta: Tensor
+
+
+def target_output(graph: Graph) -> int:
+    """Index of the output that the loss is taken of: the first one that is logits.
+
+    Raises:
+        PassError: no output comes straight from a linear layer.
+    """
+    found = logits(graph)
+    if not found:
+        raise PassError(
+            "no output of the model is a linear layer's, so there are no logits to take a loss of",
+            expected="a classifier or a language model",
+            fix="prune by magnitude instead (prune_magnitude)",
+        )
+    return found[0]
+
+
+def fits(labels: Tensor | None, scores: Tensor) -> bool:
+    """Whether these are classes, one for each row of logits ``[..., classes]``."""
+    if labels is None or labels.dtype != torch.int64 or labels.shape != scores.shape[:-1]:
+        return False
+    return bool(((labels >= 0) & (labels < scores.shape[-1])).all())
+
+
+def site_gradients(
+    graph: Graph,
+    sites: Sequence[Site],
+    inputs: Sequence[Tensor],
+    labels: Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, SiteGradient]:
+    """Factors of the gradients of the cross-entropy, summed over the rows of logits of a sample, by node.
+
+    Args:
+        graph: in eval form, as captured: batch normalisation uses its running statistics.
+        sites: linear layers and convolutions.
+        inputs: flat inputs; the first axis of each counts the samples.
+        labels: int64, one for each row of logits. Anything else: they are sampled from the model's own
+            probabilities, which makes second moments of the gradients the Fisher information proper (Kunstner
+            et al. 2019, "Limitations of the empirical Fisher approximation", section 2). The most probable
+            class instead would make gradients vanish where the model is sure.
+        generator: for sampling them.
+
+    Raises:
+        PassError: the model has no logits, or a layer mixes samples.
+    """
+    nodes = {site.node: site for site in sites}
+    read: dict[str, Tensor] = {}
+    slack: dict[str, Tensor] = {}
+    copies = any(has_effect(node) for node in graph.ops.nodes)
+
+    def at_site(node: fx.Node, values: Mapping[fx.Node, Any], output: Tensor) -> Tensor:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        x = values[source].detach()
+        read[node.name] = x.clone() if copies else x
+        # the gradient with respect to these zeros is that of the output, which may be changed in place later
+        slack[node.name] = torch.zeros_like(output, requires_grad=True)
+        return output + slack[node.name]
+
+    with torch.enable_grad():
+        scores = _run(graph, inputs, nodes, at_site)[target_output(graph)].float()
+        rows = scores.reshape(-1, scores.shape[-1])
+        if labels is not None and fits(labels, scores):
+            classes = labels.flatten()
+        else:
+            odds = rows.detach().softmax(-1)
+            classes = torch.multinomial(odds, 1, generator=generator).squeeze(1)
+        loss = torch.nn.functional.cross_entropy(rows, classes, reduction="sum")
+        used = list(slack)
+        found = torch.autograd.grad(loss, [slack[name] for name in used], allow_unused=True)
+    samples = len(inputs[0])
+    result = {}
+    for name, gradient in zip(used, found, strict=True):
+        site = nodes[name]
+        delta = torch.zeros_like(slack[name]) if gradient is None else gradient
+        result[name] = _factors(graph, site, read.pop(name), delta.detach().float(), samples)
+    return result
+
+
+def _run(graph: Graph, inputs: Sequence[Tensor], nodes: Mapping[str, Site], at_site: Any) -> list[Any]:
+    """`Graph.run` with gradients."""
+    values: dict[fx.Node, Any] = {}
+    last_use, feed = last_uses(graph.ops), iter(inputs)
+    for node in graph.ops.nodes:
+        if node.op == "output":
+            return list(fx.node.map_arg(node.args[0], lambda n: values[n]))
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            values[node] = graph.evaluate(node, values)
+        else:
+            args = fx.node.map_arg(node.args, lambda n: values[n])
+            kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+            assert callable(node.target)
+            output = node.target(*args, **kwargs)
+            values[node] = at_site(node, values, output) if node.name in nodes else output
+        for dead in last_use.get(node, ()):
+            del values[dead]
+    raise AssertionError("a graph ends in an output node")
+
+
+def _factors(graph: Graph, site: Site, x: Tensor, delta: Tensor, samples: int) -> SiteGradient:
+    if site.kind == "linear":
+        if len(x) != samples and (len(x) % samples or x.ndim != 2):
+            raise PassError(
+                f"{site.name} reads {list(x.shape)} for {samples} samples",
+                expected="an input whose first axis begins with the samples",
+                fix=f"leave it out (ignore: [{site.name}])",
+            )
+        # tokens of a sample follow each other, also where the axes of samples and tokens are one
+        return SiteGradient(
+            x.float().reshape(1, samples, -1, x.shape[-1]), delta.reshape(1, samples, -1, delta.shape[-1])
+        )
+    geometry = Geometry.of(graph.node(site.node), tuple(graph.shape(site.weight)[2:]))
+    patches = rows_of(x, geometry)
+    groups, _, columns = patches.shape
+    delta = delta.reshape(samples, groups, -1, patches.shape[1] // samples).permute(1, 0, 3, 2)
+    return SiteGradient(patches.view(groups, samples, -1, columns), delta)

@@ -1,0 +1,245 @@
+"""CHITA: pruning by a quadratic model of the loss, from gradients of single samples (Benbaki et al. 2023).
+
+The weights that go, and new values of those that stay, minimise the loss's quadratic model with the
+empirical Fisher information as Hessian (`compress.passes.solvers.chita`). Four samples of five give
+gradients; which support, which form of the Fisher information and which ridge are taken is decided by the
+loss of the pruned model on the fifth. With several stages the sparsity rises exponentially, and gradients
+are taken anew at the weights of each stage (CHITA++, section 3.3).
+
+The loss is the cross-entropy of the model's logits. Where the calibration data has labels, of those; where
+not, gradients take labels sampled from the model, and the pruned model is judged by the divergence of its
+probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.calibration import output_error
+from compress.data import Batch, CalibrationData
+from compress.errors import CalibrationError
+from compress.gradients import SiteGradient, fits, site_gradients, target_output
+from compress.graph import Graph, Site
+from compress.passes.solvers.chita import Solution, solve
+from compress.passes.solvers.fisher import Gradients
+from compress.pipeline import Change, Context, Note, Pass, PassResult
+from compress.statistics import HELD_OUT_EVERY
+
+_AT_ONCE = 50
+"""Samples of one backward pass: patches of a convolution are the largest thing in memory."""
+
+
+class PruneChita(Pass):
+    """Prune by the Fisher information."""
+
+    name: ClassVar[str] = "prune_chita"
+
+    sparsity: float = Field(ge=0, lt=1, description="fraction of the targeted parameters to remove")
+    scope: Literal["global", "layer"] = Field(
+        "global", description="rank weights over all layers together, or in each layer"
+    )
+    stages: int = Field(
+        1, ge=1, description="gradients are taken anew for each; the sparsity rises exponentially"
+    )
+    samples: int | None = Field(
+        None, ge=1, description="calibration samples of a stage; all of them by default"
+    )
+    mini_batch: int = Field(1, ge=1, description="samples whose gradients are added up: less memory")
+    ridge: float | None = Field(
+        None, gt=0, description="of the mean Fisher information; by default the best on held-out samples"
+    )
+    first_order: bool = Field(
+        False, description="do not take the model as converged: it is trained further while it is pruned"
+    )
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        if context.calibration is None:
+            raise CalibrationError(
+                "prune_chita has no calibration data to take gradients on",
+                expected="a few hundred samples, with labels where there are any",
+                fix="give calibration data, or prune by magnitude (prune_magnitude)",
+            )
+        notes: list[Note] = []
+        sites = self._sites(graph, notes)
+        if not sites:
+            return PassResult(graph, (), tuple(notes))
+        data = _Data.of(graph, context.calibration)
+        if not data.labelled:
+            reason = "the calibration data has no class labels; they are sampled from the model"
+            notes.append(Note("all", reason))
+        result = graph.copy()
+        for stage in range(self.stages):
+            part = data.part(stage, self.samples)
+            step = 1 - (1 - self.sparsity) ** ((stage + 1) / self.stages)
+            sparsity = self.sparsity if stage + 1 == self.stages else step
+            solution = self._stage(result, sites, part, sparsity, context.seed + stage)
+            for (weight, _), values in zip(sites.items(), solution.values, strict=True):
+                old = result.weight(weight)
+                result.set_weight(weight, values.view_as(old).to(old.dtype))
+        what = f"chita {solution.support} {solution.block}"
+        changes = [self._change(s[0], graph.weight(w), result.weight(w), what) for w, s in sites.items()]
+        return PassResult(result, tuple(changes), tuple(notes))
+
+    def _sites(self, graph: Graph, notes: list[Note]) -> dict[str, list[Site]]:
+        """Every site of each weight to prune."""
+        chosen = {s.weight for s in self.select(graph)}
+        sites: dict[str, list[Site]] = {}
+        for site in graph.sites():
+            if site.weight in chosen:
+                sites.setdefault(site.weight, []).append(site)
+        for weight, all_of_it in list(sites.items()):
+            reason = ""
+            if weight in graph.encodings:
+                # new values would undo the encoding
+                reason = f"already {graph.encodings[weight].encoding}; prune before quantizing"
+            elif any(site.kind == "embedding" for site in all_of_it):
+                reason = "gradients of an embedding are not taken; left dense"
+            if reason:
+                notes.append(Note(sites.pop(weight)[0].name, reason))
+        return sites
+
+    def _stage(
+        self, graph: Graph, sites: dict[str, list[Site]], data: _Data, sparsity: float, seed: int
+    ) -> Solution:
+        fitting, held_out = data.split(self.mini_batch)
+        collected = _collect(graph, sites, fitting, self.mini_batch, torch.Generator().manual_seed(seed))
+        weights = tuple(graph.weight(w).flatten(1).float() for w in sites)
+        trial = graph.copy()
+
+        def judge(values: tuple[Tensor, ...]) -> float:
+            for weight, new in zip(sites, values, strict=True):
+                old = graph.weight(weight)
+                trial.set_weight(weight, new.view_as(old).to(old.dtype))
+            return held_out.loss(trial)
+
+        return solve(
+            weights,
+            collected,
+            sparsity,
+            scope=self.scope,
+            ridge=self.ridge,
+            # in the units of sums over mini-batches divided by the root of their size
+            first_order=self.mini_batch**-0.5 if self.first_order else 0.0,
+            judge=judge,
+        )
+
+    def _change(self, site: Site, old: Tensor, new: Tensor, what: str) -> Change:
+        size = old.numel() * old.element_size()
+        return Change(
+            site=site.name,
+            weight=site.weight,
+            action=what,
+            bits=8.0 * old.element_size(),
+            sparsity=float((new == 0).double().mean()),
+            bytes_before=size,
+            bytes_after=size,
+            error=output_error(old, new, None),
+        )
+
+
+# -- samples ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Samples, and the class of each row of their logits, or the dense model's probabilities of them."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None
+    wanted: Tensor
+    """Probabilities ``[n, ..., classes]`` where there are no labels, else the labels."""
+
+    @classmethod
+    def of(cls, graph: Graph, data: CalibrationData) -> _Data:
+        output = target_output(graph)
+        batches: list[Batch] = list(data)
+        shapes = {tuple(t.shape[1:] for t in b.inputs) for b in batches}
+        if len(shapes) != 1:
+            raise CalibrationError(
+                "samples of the calibration data have different shapes", expected="one shape for prune_chita"
+            )
+        inputs = tuple(torch.cat(column) for column in zip(*(b.inputs for b in batches), strict=True))
+        scores = [graph.run(list(part))[output].float() for part in _parts(inputs)]
+        known = [b.labels for b in batches if b.labels is not None]
+        labels = torch.cat(known) if known else None
+        if labels is not None and fits(labels, torch.cat(scores)):
+            return cls(inputs, labels, labels)
+        return cls(inputs, None, torch.cat([s.softmax(-1) for s in scores]))
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    @property
+    def labelled(self) -> bool:
+        return self.labels is not None
+
+    def at(self, rows: Tensor) -> _Data:
+        labels = None if self.labels is None else self.labels[rows]
+        return _Data(tuple(t[rows] for t in self.inputs), labels, self.wanted[rows])
+
+    def part(self, stage: int, count: int | None) -> _Data:
+        """The samples of a stage: the next ones, beginning anew at the end."""
+        if count is None or count >= len(self):
+            return self
+        return self.at((torch.arange(count) + stage * count) % len(self))
+
+    def split(self, multiple: int) -> tuple[_Data, _Data]:
+        """Samples to fit to, a multiple of a number where there are enough; every fifth to judge by."""
+        rows = torch.arange(len(self))
+        held = (rows + 1) % HELD_OUT_EVERY == 0
+        if not bool(held.any()):
+            return self, self
+        kept = rows[~held]
+        return self.at(kept[: max(len(kept) // multiple * multiple, 1)]), self.at(rows[held])
+
+    def loss(self, graph: Graph) -> float:
+        """Mean cross-entropy of a row of logits, nats."""
+        output, total, rows = target_output(graph), 0.0, 0
+        for inputs, wanted in zip(_parts(self.inputs), self.wanted.split(_AT_ONCE), strict=True):
+            scores = graph.run(list(inputs))[output].float()
+            scores = scores.reshape(-1, scores.shape[-1])
+            classes = wanted.flatten() if self.labelled else wanted.reshape(scores.shape)
+            total += float(torch.nn.functional.cross_entropy(scores, classes, reduction="sum"))
+            rows += len(scores)
+        return total / rows
+
+
+def _parts(inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(t.split(_AT_ONCE) for t in inputs), strict=True))
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def _collect(
+    graph: Graph, sites: dict[str, list[Site]], data: _Data, mini_batch: int, generator: torch.Generator
+) -> tuple[Gradients, ...]:
+    """Gradients of all samples for each weight."""
+    size = min(mini_batch, len(data))
+    at_once = max(1, _AT_ONCE // size) * size
+    every = [site for all_of_it in sites.values() for site in all_of_it]
+    parts: dict[str, list[Gradients]] = {weight: [] for weight in sites}
+    for start in range(0, len(data), at_once):
+        rows = data.at(torch.arange(start, min(start + at_once, len(data))))
+        found = site_gradients(graph, every, rows.inputs, rows.labels, generator)
+        for weight, all_of_it in sites.items():
+            first, *others = (_gradients(found.pop(site.node), size) for site in all_of_it)
+            for other in others:
+                first = first.plus(other)
+            parts[weight].append(first)
+    return tuple(Gradients.cat(p) for p in parts.values())
+
+
+def _gradients(factors: SiteGradient, size: int) -> Gradients:
+    x, delta = factors.x, factors.delta
+    if len(x) == 1:
+        return Gradients.of(x[0], delta[0]).merged(size)
+    # a weight of several groups has its rows in the order of the groups
+    product = (delta.mT @ x).transpose(0, 1).flatten(1, 2)
+    return Gradients(product=product).merged(size)

@@ -1,0 +1,119 @@
+"""CHITA as a pass: counts, scopes, stages, what it leaves alone, and that it beats magnitudes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.data import load_calibration
+from compress.errors import CalibrationError, PassError
+from compress.passes.prune_chita import PruneChita
+from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.quantize_weights import QuantizeWeights
+from compress.pipeline import Context, PassResult
+from compress.testing import MODELS, make
+
+
+def prune(
+    name: str, count: int = 40, labelled: bool = True, **options: object
+) -> tuple[compress.Graph, PassResult]:
+    graph = compress.capture(make(name), MODELS[name].inputs(2))
+    generator = torch.Generator().manual_seed(1)
+    if name == "convnet":
+        x = torch.randn(count, 3, 12, 12, generator=generator)
+        y = torch.randint(0, 10, (count,), generator=generator)
+    else:
+        x = torch.randint(0, 90, (count, 9), generator=generator)
+        y = torch.randint(0, 90, (count, 9), generator=generator)
+    items = [(x, y) if labelled else (x,)]
+    context = Context(graph, load_calibration(items, inputs=graph.inputs), seed=3)
+    return graph, PruneChita(**options).apply(graph, context)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stages": 3, "samples": 20}, {"mini_batch": 4, "first_order": True}]
+)
+def test_global_removes_the_exact_number(options: dict[str, object]) -> None:
+    graph, result = prune("convnet", sparsity=0.6, **options)
+    names = {s.weight for s in graph.sites()}
+    new = torch.cat([result.graph.weight(n).flatten() for n in sorted(names)])
+    assert int((new == 0).sum()) == round(0.6 * new.numel())
+    assert {c.weight for c in result.changes} == names
+    assert all(bool(torch.isfinite(result.graph.weight(n)).all()) for n in names)
+
+
+def test_layer_scope_targets_and_ridge() -> None:
+    graph, result = prune("convnet", sparsity=0.5, scope="layer", targets=("linear", "grouped"), ridge=0.5)
+    assert {c.site for c in result.changes} == {"fc1", "fc2", "grouped"}
+    for change in result.changes:
+        assert change.sparsity == pytest.approx(0.5, abs=0.5 / graph.weight(change.weight).numel())
+
+
+def test_same_seed_same_weights() -> None:
+    one, other = (prune("convnet", sparsity=0.7, labelled=False)[1] for _ in range(2))
+    for change in one.changes:
+        assert torch.equal(one.graph.weight(change.weight), other.graph.weight(change.weight))
+    assert any("sampled from the model" in note.reason for note in one.notes)
+
+
+def test_tied_and_encoded_weights_are_left_alone() -> None:
+    graph, result = prune("tied_lm", sparsity=0.5)
+    assert {c.weight for c in result.changes} == {"mlp.weight"}
+    assert any("embedding" in note.reason for note in result.notes)
+    data = load_calibration([MODELS["tied_lm"].inputs(8)], inputs=graph.inputs)
+    encoded = QuantizeWeights(bits=4).apply(graph, Context(graph)).graph
+    again = PruneChita(sparsity=0.5).apply(encoded, Context(encoded, data))
+    assert again.graph.encodings.keys() == encoded.encodings.keys()
+    assert any("prune before quantizing" in note.reason for note in again.notes)
+
+
+def test_without_data_or_logits() -> None:
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    with pytest.raises(CalibrationError, match="no calibration data to take gradients on"):
+        PruneChita(sparsity=0.5).apply(graph, Context(graph))
+    other = compress.capture(make("encoder"), MODELS["encoder"].inputs(2))
+    data = load_calibration([MODELS["encoder"].inputs(8)], inputs=other.inputs)
+    with pytest.raises(PassError, match="no logits"):
+        PruneChita(sparsity=0.5).apply(other, Context(other, data))
+
+
+def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Four classes of points around corners, in 20 correlated dimensions."""
+    fixed = torch.Generator().manual_seed(0)
+    mix, centres = torch.randn(20, 20, generator=fixed), torch.randn(4, 20, generator=fixed)
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 4, (count,), generator=generator)
+    return (centres[y] + 0.7 * torch.randn(count, 20, generator=generator)) @ mix / 4, y
+
+
+def trained() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        x, y = blobs(1000, 1)
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"stages": 4}, {"mini_batch": 4}])
+def test_beats_magnitudes(options: dict[str, object], tmp_path: Path) -> None:
+    graph = compress.capture(trained(), (torch.randn(2, 20),))
+    data = load_calibration([blobs(400, 2)], inputs=graph.inputs)
+    test, labels = blobs(2000, 3)
+
+    def loss(pruned: compress.Graph) -> float:
+        return float(nn.functional.cross_entropy(pruned.run([test])[0], labels))
+
+    magnitude = PruneMagnitude(sparsity=0.8, refit=False).apply(graph, Context(graph)).graph
+    result = PruneChita(sparsity=0.8, **options).apply(graph, Context(graph, data)).graph  # type: ignore[arg-type]
+    assert loss(result) < 0.5 * loss(magnitude)
+    pytest.importorskip("onnxruntime")
+    compress.export(result, tmp_path / "pruned.onnx")
