@@ -8,7 +8,7 @@ Nothing of the size samples x parameters is made here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,14 @@ def target_output(graph: Graph) -> int:
     return found[0]
 
 
-def fits(labels: Tensor | None, scores: Tensor) -> bool:
-    """Whether these are classes, one for each row of logits ``[..., classes]``."""
-    if labels is None or labels.dtype != torch.int64 or labels.shape != scores.shape[:-1]:
+def fits(labels: Tensor, samples: int, scores: Tensor) -> bool:
+    """Whether these are classes, one for each row of logits of all samples.
+
+    Args:
+        samples: how many there are.
+        scores: logits ``[..., classes]`` of some of them.
+    """
+    if labels.dtype != torch.int64 or labels.shape != (samples, *scores.shape[1:-1]):
         return False
     return bool(((labels >= 0) & (labels < scores.shape[-1])).all())
 
@@ -63,8 +68,10 @@ def site_gradients(
     inputs: Sequence[Tensor],
     labels: Tensor | None,
     generator: torch.Generator,
-) -> dict[str, SiteGradient]:
-    """Factors of the gradients of the cross-entropy, summed over the rows of logits of a sample, by node.
+) -> Iterator[tuple[Site, SiteGradient]]:
+    """Factors of the gradients of the cross-entropy, summed over a sample's rows of logits, site by site.
+
+    Patches of a convolution are many times its input, so they are made when their site's turn comes.
 
     Args:
         graph: in eval form, as captured: batch normalisation uses its running statistics.
@@ -96,7 +103,7 @@ def site_gradients(
     with torch.enable_grad():
         scores = _run(graph, inputs, nodes, at_site)[target_output(graph)].float()
         rows = scores.reshape(-1, scores.shape[-1])
-        if labels is not None and fits(labels, scores):
+        if labels is not None and fits(labels, len(scores), scores):
             classes = labels.flatten()
         else:
             odds = rows.detach().softmax(-1)
@@ -105,12 +112,12 @@ def site_gradients(
         used = list(slack)
         found = torch.autograd.grad(loss, [slack[name] for name in used], allow_unused=True)
     samples = len(inputs[0])
-    result = {}
-    for name, gradient in zip(used, found, strict=True):
-        site = nodes[name]
-        delta = torch.zeros_like(slack[name]) if gradient is None else gradient
-        result[name] = _factors(graph, site, read.pop(name), delta.detach().float(), samples)
-    return result
+    gradients = dict(zip(used, found, strict=True))
+    for site in sites:
+        zeros, gradient = slack.pop(site.node), gradients.pop(site.node)
+        # an output that no loss depends on
+        delta = zeros.detach() if gradient is None else gradient
+        yield site, _factors(graph, site, read.pop(site.node), delta.float(), samples)
 
 
 def _run(graph: Graph, inputs: Sequence[Tensor], nodes: Mapping[str, Site], at_site: Any) -> list[Any]:

@@ -31,7 +31,7 @@ from compress.passes.solvers.fisher import Gradients
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.statistics import HELD_OUT_EVERY
 
-_AT_ONCE = 50
+_AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
 
 
@@ -165,12 +165,13 @@ class _Data:
                 "samples of the calibration data have different shapes", expected="one shape for prune_chita"
             )
         inputs = tuple(torch.cat(column) for column in zip(*(b.inputs for b in batches), strict=True))
-        scores = [graph.run(list(part))[output].float() for part in _parts(inputs)]
         known = [b.labels for b in batches if b.labels is not None]
         labels = torch.cat(known) if known else None
-        if labels is not None and fits(labels, torch.cat(scores)):
+        first, *_ = parts = _parts(inputs)
+        if labels is not None and fits(labels, len(inputs[0]), graph.run(list(first))[output]):
             return cls(inputs, labels, labels)
-        return cls(inputs, None, torch.cat([s.softmax(-1) for s in scores]))
+        odds = [graph.run(list(part))[output].float().softmax(-1) for part in parts]
+        return cls(inputs, None, torch.cat(odds))
 
     def __len__(self) -> int:
         return len(self.wanted)
@@ -224,22 +225,25 @@ def _collect(
     size = min(mini_batch, len(data))
     at_once = max(1, _AT_ONCE // size) * size
     every = [site for all_of_it in sites.values() for site in all_of_it]
-    parts: dict[str, list[Gradients]] = {weight: [] for weight in sites}
+    collected: dict[str, Gradients] = {}
     for start in range(0, len(data), at_once):
         rows = data.at(torch.arange(start, min(start + at_once, len(data))))
-        found = site_gradients(graph, every, rows.inputs, rows.labels, generator)
-        for weight, all_of_it in sites.items():
-            first, *others = (_gradients(found.pop(site.node), size) for site in all_of_it)
-            for other in others:
-                first = first.plus(other)
-            parts[weight].append(first)
-    return tuple(Gradients.cat(p) for p in parts.values())
+        found: dict[str, Gradients] = {}
+        for site, factors in site_gradients(graph, every, rows.inputs, rows.labels, generator):
+            new = _gradients(factors)
+            found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
+        for weight in sites:
+            new = found.pop(weight).merged(size)
+            if weight not in collected:
+                collected[weight] = new.room(len(data) // size)
+            collected[weight].put(start // size, new)
+    return tuple(collected[weight] for weight in sites)
 
 
-def _gradients(factors: SiteGradient, size: int) -> Gradients:
+def _gradients(factors: SiteGradient) -> Gradients:
     x, delta = factors.x, factors.delta
     if len(x) == 1:
-        return Gradients.of(x[0], delta[0]).merged(size)
+        return Gradients.of(x[0], delta[0])
     # a weight of several groups has its rows in the order of the groups
     product = (delta.mT @ x).transpose(0, 1).flatten(1, 2)
-    return Gradients(product=product).merged(size)
+    return Gradients(product=product)

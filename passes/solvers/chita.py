@@ -32,7 +32,7 @@ from compress.passes.solvers.masks import keep_largest
 Block = Literal["row", "model"]
 Scope = Literal["global", "layer"]
 
-_CHUNK = 1 << 23
+_CHUNK = 1 << 21
 """Elements of rows x samples x weights worked on at a time."""
 _LEAST_RIDGE = 1e-12
 _ROUNDS, _HALVINGS = 4, 3

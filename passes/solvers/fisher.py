@@ -13,13 +13,12 @@ products are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 23
+_CHUNK = 1 << 21
 """Elements of samples x parameters made at a time."""
 
 
@@ -44,12 +43,16 @@ class Gradients:
             return cls(product=torch.bmm(delta.mT, x))
         return cls(x, delta)
 
-    @classmethod
-    def cat(cls, parts: Sequence[Gradients]) -> Gradients:
-        """The samples of all parts; where tokens differ in number, the products."""
-        if all(p.x is not None for p in parts) and len({p._factors()[0].shape[1] for p in parts}) == 1:
-            return cls(*(torch.cat(c) for c in zip(*(p._factors() for p in parts), strict=True)))
-        return cls(product=torch.cat([p.dense() for p in parts]))
+    def room(self, samples: int) -> Gradients:
+        """The same form for another number of samples, values still to be `put`."""
+        tensors = (self.x, self.delta, self.product)
+        return Gradients(*(None if t is None else t.new_empty(samples, *t.shape[1:]) for t in tensors))
+
+    def put(self, start: int, part: Gradients) -> None:
+        """Write the gradients of consecutive samples, of the same form as these, from sample `start` on."""
+        for mine, new in ((self.x, part.x), (self.delta, part.delta), (self.product, part.product)):
+            if mine is not None and new is not None:
+                mine[start : start + len(new)] = new
 
     def plus(self, other: Gradients) -> Gradients:
         """Of a weight that is used in two places: the sum for each sample."""

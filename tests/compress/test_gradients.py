@@ -35,7 +35,7 @@ def test_equal_to_one_backward_pass_for_each_sample(name: str) -> None:
     labels = torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(0))
     expected = slow(model.requires_grad_(True), inputs, labels)
     sites = [s for s in graph.sites() if s.kind != "embedding"]
-    found = site_gradients(graph, sites, inputs, labels, torch.Generator())
+    found = {s.node: f for s, f in site_gradients(graph, sites, inputs, labels, torch.Generator())}
     assert found.keys() == {s.node for s in sites}
     for site in sites:
         if site.weight == "embed.weight":
@@ -52,7 +52,7 @@ def test_labels_are_sampled_where_there_are_none() -> None:
     x = torch.randn(1, 3).expand(20000, 3)
     generator = torch.Generator().manual_seed(0)
     for labels in (None, torch.rand(20000), torch.full((20000,), 7)):
-        (found,) = site_gradients(graph, graph.sites(), (x,), labels, generator).values()
+        ((_, found),) = site_gradients(graph, graph.sites(), (x,), labels, generator)
         assert float(found.delta.mean((0, 1, 2)).abs().max()) < 0.02
         assert float(found.delta.square().mean()) > 0.05
 
@@ -77,7 +77,8 @@ def test_values_changed_in_place() -> None:
     torch.manual_seed(0)
     model, x = InPlace().eval().requires_grad_(False), torch.randn(4, 4)
     graph = compress.capture(model, (x,))
-    found = site_gradients(graph, graph.sites()[1:], (x,), torch.tensor([0, 1, 2, 0]), torch.Generator())
+    labels = torch.tensor([0, 1, 2, 0])
+    found = {s.node: f for s, f in site_gradients(graph, graph.sites()[1:], (x,), labels, torch.Generator())}
     y = model.a(x).relu()
     (site,) = (s for s in graph.sites() if s.name == "b")
     assert_close(y, found[site.node].x[0, :, 0])
@@ -86,4 +87,4 @@ def test_values_changed_in_place() -> None:
 def test_a_model_without_logits() -> None:
     graph = compress.capture(make("encoder"), MODELS["encoder"].inputs(2))
     with pytest.raises(PassError, match="no logits"):
-        site_gradients(graph, [], MODELS["encoder"].inputs(2), None, torch.Generator())
+        list(site_gradients(graph, [], MODELS["encoder"].inputs(2), None, torch.Generator()))

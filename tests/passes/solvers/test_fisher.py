@@ -63,11 +63,11 @@ def test_the_smaller_of_factors_and_product_is_kept() -> None:
     assert example(3, 50, 2, 3, 0)[0].nbytes == 4 * 3 * 2 * 3
 
 
-def test_parts_with_other_numbers_of_tokens_are_joined() -> None:
-    (a, slow_a), (b, slow_b) = example(3, 2, 20, 30, 0), example(2, 3, 20, 30, 1)
-    joined = Gradients.cat([a, b])
-    assert joined.samples == 5
-    assert_close(torch.cat([slow_a, slow_b]).float(), joined.dense())
-    same = Gradients.cat([a, a])
-    assert same.product is None
-    assert_close(torch.cat([slow_a, slow_a]).float(), same.dense())
+def test_parts_are_put_together() -> None:
+    for tokens in (2, 50):
+        (a, slow_a), (b, slow_b) = example(3, tokens, 20, 30, 0), example(2, tokens, 20, 30, 1)
+        joined = a.room(5)
+        joined.put(0, a)
+        joined.put(3, b)
+        assert joined.samples == 5
+        assert_close(torch.cat([slow_a, slow_b]).float(), joined.dense())
