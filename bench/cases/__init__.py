@@ -123,6 +123,17 @@ CASES: dict[str, Case] = {
             ("data/cifar10.npz", "data/cifar10_jpeg.npz"),
         ),
         Case(
+            "chita",
+            "pruning by the Fisher information: the experiments of the CHITA paper, beside its authors' code",
+            "bench.cases.chita:run",
+            (
+                "data/mnist.npz",
+                "data/cifar10.npz",
+                "models/mlpnet_mnist.safetensors",
+                "models/resnet20_cifar10_chita.safetensors",
+            ),
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",
