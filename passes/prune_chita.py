@@ -13,8 +13,7 @@ probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from compress.calibration import output_error
 from compress.data import Batch, CalibrationData
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, PassError
 from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
 from compress.passes.solvers.chita import Solution, solve
@@ -70,7 +69,7 @@ class PruneChita(Pass):
         if not sites:
             return PassResult(graph, (), tuple(notes))
         data = _Data.of(graph, context.calibration)
-        if not data.labelled:
+        if data.labels is None:
             reason = "the calibration data has no class labels; they are sampled from the model"
             notes.append(Note("all", reason))
         result = graph.copy()
@@ -148,16 +147,21 @@ class PruneChita(Pass):
 
 @dataclass(frozen=True)
 class _Data:
-    """Samples, and the class of each row of their logits, or the dense model's probabilities of them."""
+    """Samples with a class for each row of logits, or (labels None) without."""
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
-    wanted: Tensor
-    """Probabilities ``[n, ..., classes]`` where there are no labels, else the labels."""
+    dense: Graph
+    """What the network is before anything is pruned: without labels its probabilities are aimed at."""
 
     @classmethod
     def of(cls, graph: Graph, data: CalibrationData) -> _Data:
         output = target_output(graph)
+        if any(spec.symbol(0) is None for spec in graph.inputs):
+            raise PassError(
+                "prune_chita takes gradients of single samples, and the model fixes the size of its batches",
+                expected="a model captured with a dynamic batch",
+            )
         batches: list[Batch] = list(data)
         shapes = {tuple(t.shape[1:] for t in b.inputs) for b in batches}
         if len(shapes) != 1:
@@ -167,22 +171,17 @@ class _Data:
         inputs = tuple(torch.cat(column) for column in zip(*(b.inputs for b in batches), strict=True))
         known = [b.labels for b in batches if b.labels is not None]
         labels = torch.cat(known) if known else None
-        first, *_ = parts = _parts(inputs)
-        if labels is not None and fits(labels, len(inputs[0]), graph.run(list(first))[output]):
-            return cls(inputs, labels, labels)
-        odds = [graph.run(list(part))[output].float().softmax(-1) for part in parts]
-        return cls(inputs, None, torch.cat(odds))
+        scores = graph.run([t[:1] for t in inputs])[output]
+        if labels is not None and not fits(labels, len(inputs[0]), scores):
+            labels = None
+        return cls(inputs, labels, graph)
 
     def __len__(self) -> int:
-        return len(self.wanted)
-
-    @property
-    def labelled(self) -> bool:
-        return self.labels is not None
+        return len(self.inputs[0])
 
     def at(self, rows: Tensor) -> _Data:
         labels = None if self.labels is None else self.labels[rows]
-        return _Data(tuple(t[rows] for t in self.inputs), labels, self.wanted[rows])
+        return replace(self, inputs=tuple(t[rows] for t in self.inputs), labels=labels)
 
     def part(self, stage: int, count: int | None) -> _Data:
         """The samples of a stage: the next ones, beginning anew at the end."""
@@ -200,19 +199,19 @@ class _Data:
         return self.at(kept[: max(len(kept) // multiple * multiple, 1)]), self.at(rows[held])
 
     def loss(self, graph: Graph) -> float:
-        """Mean cross-entropy of a row of logits, nats."""
+        """Mean cross-entropy of a row of logits, nats; with the labels, or the dense probabilities."""
         output, total, rows = target_output(graph), 0.0, 0
-        for inputs, wanted in zip(_parts(self.inputs), self.wanted.split(_AT_ONCE), strict=True):
-            scores = graph.run(list(inputs))[output].float()
+        for start in range(0, len(self), _AT_ONCE):
+            inputs = [t[start : start + _AT_ONCE] for t in self.inputs]
+            scores = graph.run(inputs)[output].float()
             scores = scores.reshape(-1, scores.shape[-1])
-            classes = wanted.flatten() if self.labelled else wanted.reshape(scores.shape)
-            total += float(torch.nn.functional.cross_entropy(scores, classes, reduction="sum"))
+            if self.labels is not None:
+                wanted = self.labels[start : start + _AT_ONCE].flatten()
+            else:
+                wanted = self.dense.run(inputs)[output].float().reshape(scores.shape).softmax(-1)
+            total += float(torch.nn.functional.cross_entropy(scores, wanted, reduction="sum"))
             rows += len(scores)
         return total / rows
-
-
-def _parts(inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(t.split(_AT_ONCE) for t in inputs), strict=True))
 
 
 # -- gradients -------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ def test_without_data_or_logits() -> None:
         PruneChita(sparsity=0.5).apply(other, Context(other, data))
 
 
+def test_a_fixed_batch_is_declined() -> None:
+    graph = compress.capture(make("convnet"), inputs=["!2,3,12,12"])
+    data = load_calibration([MODELS["convnet"].inputs(2)], inputs=graph.inputs)
+    with pytest.raises(PassError, match="fixes the size of its batches"):
+        PruneChita(sparsity=0.5).apply(graph, Context(graph, data))
+
+
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Four classes of points around corners, in 20 correlated dimensions."""
     fixed = torch.Generator().manual_seed(0)
