@@ -84,13 +84,12 @@ class Grid:
         128
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        if symmetric:
-            # 127 steps on either side; code 0 (int8 -128) stays free, as TensorRT leaves it
-            scale, zero = max(-low, high) / 127, 128
-        else:
-            scale = (high - low) / (LEVELS - 1)
-            zero = round(-low / scale) if scale > 0 else 0
-        return cls(float(torch.tensor(scale)) or 1.0, zero)
+        # 127 steps on either side if symmetric; code 0 (int8 -128) stays free, as TensorRT leaves it
+        scale = max(-low, high) / 127 if symmetric else (high - low) / (LEVELS - 1)
+        # subnormal steps have no digits left to be steps of
+        scale = max(scale, torch.finfo(torch.float32).tiny) if scale > 0 else 1.0
+        scale = float(torch.tensor(scale))
+        return cls(scale, 128 if symmetric else round(-low / scale))
 
     @property
     def low(self) -> float:

@@ -226,7 +226,7 @@ def _explain(error: Exception, specs: list[InputSpec]) -> CaptureError:
     lowered = text.lower()
     if "data-dependent" in lowered or "guard on data" in lowered or "unbacked" in lowered:
         fix = "the branch depends on tensor values: use torch.where or torch.cond instead of Python if/for"
-    elif "register a pytree" in lowered:
+    elif "register a pytree" in lowered or "unhashable type" in lowered:  # the latter in torch 2.11
         fix = (
             "return tensors in a tuple, list or dict, or tell torch about the class: "
             "torch.export.register_dataclass(YourClass)"

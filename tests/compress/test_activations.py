@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,6 +50,7 @@ def test_dynamic_edges() -> None:
 
 
 @given(st.floats(-50, 50), st.floats(-50, 50), st.booleans())
+@example(0.0, 7.5e-43, False)
 def test_a_grid_holds_its_range_and_zero(a: float, b: float, symmetric: bool) -> None:
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     grid = Grid.of(low, high, symmetric=symmetric)
