@@ -8,6 +8,7 @@ in front of the unchanged operator, so every graph runs, whatever has been done 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -135,6 +136,11 @@ class Graph:
         if isinstance(value, fx.Node) and value.op == "get_attr" and value.target in self.tensors:
             return str(value.target)
         return None
+
+    def unshared(self) -> set[str]:
+        """Names of the weights that exactly one site reads."""
+        readers = Counter(site.weight for site in self.sites())
+        return {weight for weight, count in readers.items() if count == 1}
 
     def owns_bias(self, site: Site) -> bool:
         """Whether the bias can be changed without changing another operator: it is missing, or read once."""

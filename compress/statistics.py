@@ -204,7 +204,7 @@ class Geometry:
 
 ROWS, ROWS_PER_COLUMN = 1 << 15, 32
 """Rows of a convolution that are enough: neighbouring patches are nearly the same, and to take them all was
-most of the time of a run (ResNet-20, 512 images: 30 of 43 s; with these limits 9 of 22)."""
+most of the time of a run."""
 
 
 def thinning(places: Sequence[int], samples: int, columns: int) -> int:

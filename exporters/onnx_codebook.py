@@ -25,7 +25,7 @@ import torch
 
 from compress.artifact import Lowered
 from compress.codebook import CodebookWeight
-from compress.exporters.onnx_weights import Builder, readers
+from compress.exporters.onnx_weights import Builder, placeholders
 
 
 def lower_codebooks(model: ir.Model, weights: Mapping[str, CodebookWeight]) -> list[Lowered]:
@@ -36,11 +36,8 @@ def lower_codebooks(model: ir.Model, weights: Mapping[str, CodebookWeight]) -> l
         weights: by the name of the placeholder.
     """
     lowered = []
-    for name, weight in weights.items():
-        value = next((v for v in model.graph.inputs if v.name == name), None)
-        if value is None:
-            continue  # nothing reads it
-        uses = readers(value)
+    for name, value, uses in placeholders(model, weights):
+        weight = weights[name]
         if {kind for kind, _, _ in uses} == {"embedding"}:
             for i, (_, gather, _) in enumerate(uses):
                 _Decoder(model, name, weight, gather, f"{i}").rows_of(gather)
@@ -50,7 +47,6 @@ def lower_codebooks(model: ir.Model, weights: Mapping[str, CodebookWeight]) -> l
             value.replace_all_uses_with(decoder.all_rows(value.dtype))
             form = Lowered(name, "codes -> table -> Mul", "decoded at load", (f"{name}/decode",))
         lowered.append(form)
-        model.graph.inputs.remove(value)
     return lowered
 
 

@@ -5,8 +5,8 @@ in the graph                 in the file                    why
 ============================ ============================== ==================================================
 Add -> LayerNormalization    Sum -> LayerNormalization      Add and LayerNormalization are fused into
 (a residual or an embedding)                                SkipLayerNormalization, which on processors takes
-                                                            4 times as long as the two: 27.7 against 6.0 ms
-                                                            of 262 ms (MiniLM, 8x128 tokens, 1 thread, 1.27)
+                                                            several times as long as the two (1.31). See
+                                                            "float, our forms" of `bench/run.py minilm`
 ============================ ============================== ==================================================
 """
 

@@ -22,6 +22,7 @@ Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -71,11 +72,8 @@ def lower_weights(
     """
     builder = Builder(model)
     lowered = []
-    for name, encoded in encodings.items():
-        value = next((v for v in model.graph.inputs if v.name == name), None)
-        if value is None:
-            continue  # nothing reads it
-        uses = readers(value)
+    for name, value, uses in placeholders(model, encodings):
+        encoded = encodings[name]
         kinds = {kind for kind, _, _ in uses}
         nodes = [node for _, node, _ in uses]
         whole = encoded.dtype == torch.float32  # integer products give float32
@@ -92,11 +90,19 @@ def lower_weights(
         else:
             form = builder.constant(name, encoded, value)
         lowered.append(form)
-        model.graph.inputs.remove(value)
     return lowered
 
 
 Use = tuple[str, ir.Node, int]
+
+
+def placeholders(model: ir.Model, names: Iterable[str]) -> Iterator[tuple[str, ir.Value, list[Use]]]:
+    """The graph inputs that stand for weights and what reads them; each is removed when its turn is over."""
+    for name in names:
+        value = next((v for v in model.graph.inputs if v.name == name), None)
+        if value is not None:  # else nothing reads it
+            yield name, value, readers(value)
+            model.graph.inputs.remove(value)
 
 
 def readers(value: ir.Value) -> list[Use]:

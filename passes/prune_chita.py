@@ -14,7 +14,7 @@ probabilities.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
 from compress.passes.solvers.chita import Solution, solve
 from compress.passes.solvers.fisher import Gradients
+from compress.passes.solvers.masks import Scope
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.statistics import HELD_OUT_EVERY
 
@@ -40,9 +41,7 @@ class PruneChita(Pass):
     name: ClassVar[str] = "prune_chita"
 
     sparsity: float = Field(ge=0, lt=1, description="fraction of the targeted parameters to remove")
-    scope: Literal["global", "layer"] = Field(
-        "global", description="rank weights over all layers together, or in each layer"
-    )
+    scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
     stages: int = Field(
         1, ge=1, description="gradients are taken anew for each; the sparsity rises exponentially"
     )

@@ -11,7 +11,7 @@ they take over what the removed weights did (`compress.passes.solvers.refit`).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.calibration import Statistics, output_error, sweep
 from compress.graph import Graph, Site
-from compress.passes.solvers.masks import keep_largest, keep_n_of_m, parse_pattern
+from compress.passes.solvers.masks import Scope, keep_largest_of, keep_n_of_m, parse_pattern
 from compress.passes.solvers.refit import refit_survivors
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
@@ -33,9 +33,7 @@ class PruneMagnitude(Pass):
         None, ge=0, lt=1, description="fraction of the targeted parameters to remove; implied by N:M"
     )
     pattern: str = Field("unstructured", description='"unstructured" or "N:M" (N of M consecutive stay)')
-    scope: Literal["global", "layer"] = Field(
-        "global", description="rank weights over all layers together, or in each layer"
-    )
+    scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
 
     refit: bool = Field(True, description="refit the survivors by least squares, given calibration data")
 
@@ -109,8 +107,5 @@ class PruneMagnitude(Pass):
             return masks
         assert self.sparsity is not None
         magnitudes = {name: graph.weight(name).abs().float() for name in sites}
-        if self.scope == "layer" or not magnitudes:
-            return {name: keep_largest(s, self.sparsity) for name, s in magnitudes.items()}
-        joint = keep_largest(torch.cat([s.flatten() for s in magnitudes.values()]), self.sparsity)
-        parts = torch.split(joint, [s.numel() for s in magnitudes.values()])
-        return {name: part.view(s.shape) for part, (name, s) in zip(parts, magnitudes.items(), strict=True)}
+        masks_of_all = keep_largest_of(tuple(magnitudes.values()), self.sparsity, self.scope)
+        return dict(zip(magnitudes, masks_of_all, strict=True))

@@ -97,7 +97,7 @@ class QuantizeActivations(Pass):
         """Linear layers whose input is rounded on every call: those whose output survives it, measured."""
         if self.activations not in ("auto", "dynamic"):
             return []
-        found = [s for s in sites if s.kind == "linear" and _eligible(graph, s)]
+        found = [s for s in _eligible(graph, sites) if s.kind == "linear"]
         if self.activations == "auto":
             found = [s for s in found if graph.tensors[s.weight].numel() >= FASTER_FROM]
         if context.calibration is None or not found:
@@ -112,8 +112,8 @@ class QuantizeActivations(Pass):
         if self.activations not in ("auto", "static"):
             return []
         found = []
-        for site in sites:
-            if site.kind == "conv" and _eligible(graph, site):
+        for site in _eligible(graph, sites):
+            if site.kind == "conv":
                 node = graph.node(site.node)
                 if node.target not in _CONV2D:
                     notes.append(Note(site.name, "weights only: no integer kernel for this convolution"))
@@ -248,10 +248,10 @@ def _source(graph: Graph, site: Site) -> fx.Node:
     return source
 
 
-def _eligible(graph: Graph, site: Site) -> bool:
-    """Whether the layer computes in float32 and nothing else reads its weight."""
-    readers = [s for s in graph.sites() if s.weight == site.weight]
-    return len(readers) == 1 and graph.tensors[site.weight].dtype == torch.float32
+def _eligible(graph: Graph, sites: list[Site]) -> list[Site]:
+    """Those that compute in float32 and whose weight nothing else reads."""
+    unshared = graph.unshared()
+    return [s for s in sites if s.weight in unshared and graph.tensors[s.weight].dtype == torch.float32]
 
 
 def _unencoded(graph: Graph, sites: list[Site], notes: list[Note]) -> list[Site]:

@@ -11,7 +11,6 @@ that is the minimiser of the output error over codes and bias.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -108,12 +107,8 @@ class Quantizer:
         self.method: Method = method
         self.changes: list[Change] = []
         self.notes: list[Note] = []
-        readers = Counter(site.weight for site in graph.sites())
-        self._correctable = {
-            site
-            for site in graph.sites()
-            if bias_correction and readers[site.weight] == 1 and graph.owns_bias(site)
-        }
+        unshared = graph.unshared() if bias_correction else set()
+        self._correctable = {s for s in graph.sites() if s.weight in unshared and graph.owns_bias(s)}
         self._bias_correction = bias_correction
 
     @property

@@ -16,8 +16,7 @@ Outputs change by float rounding only. For use before `quantize_activations`.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any, ClassVar
 
 import torch
@@ -92,18 +91,18 @@ class Smooth(Pass):
 
 def _by_input(graph: Graph, sites: list[Site]) -> dict[fx.Node, list[Site]]:
     """Layers by the value they read; only plain float weights that are read once."""
-    readers = Counter(site.weight for site in graph.sites())
+    unshared = graph.unshared()
     found: dict[fx.Node, list[Site]] = {}
     for site in sites:
         source = graph.node(site.node).args[0]
-        if site.kind != "embedding" and isinstance(source, fx.Node) and _plain(graph, site, readers):
+        if site.kind != "embedding" and isinstance(source, fx.Node) and _plain(graph, site, unshared):
             found.setdefault(source, []).append(site)
     return {source: sites for source, sites in found.items() if len({s.kind for s in sites}) == 1}
 
 
-def _plain(graph: Graph, site: Site, readers: Mapping[str, int]) -> bool:
+def _plain(graph: Graph, site: Site, unshared: Container[str]) -> bool:
     """Whether the weight is a float tensor that only this operator reads, as it is."""
-    if site.weight in graph.encodings or readers[site.weight] > 1:
+    if site.weight in graph.encodings or site.weight not in unshared:
         return False
     return graph.tensors[site.weight].dtype == torch.float32
 
@@ -152,10 +151,8 @@ def _fold_into_rows(graph: Graph, source: fx.Node, scales: Tensor) -> bool:
         if not isinstance(before, fx.Node) or len(before.users) > 1:
             return False
         source = before
-    sites = graph.sites()
-    readers = Counter(site.weight for site in sites)
-    layer = next((s for s in sites if s.node == source.name and s.kind != "embedding"), None)
-    if layer is None or not graph.owns_bias(layer) or not _plain(graph, layer, readers):
+    layer = next((s for s in graph.sites() if s.node == source.name and s.kind != "embedding"), None)
+    if layer is None or not graph.owns_bias(layer) or not _plain(graph, layer, graph.unshared()):
         return False
     weight = graph.tensors[layer.weight]
     if len(weight) != len(scales):

@@ -103,6 +103,7 @@ def _others(folder: Path, work: Path, quick: bool) -> dict[str, Path]:
     rtn = compress.run(graph, _RTN)
     files = {
         "float": plain,
+        "float, our forms": compress.export(graph, work / "float-forms.onnx").path,
         "int4 round-to-nearest (ours)": compress.export(rtn.graph, work / "rtn.onnx").path,
         "int4 ONNX Runtime RTN": peers.ort_rtn(plain, work / "ort-rtn.onnx"),
     }

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from compress.passes.solvers.fisher import Gradients
-from compress.passes.solvers.masks import keep_largest
+from compress.passes.solvers.masks import Scope, keep_largest_of
 
 Block = Literal["row", "model"]
-Scope = Literal["global", "layer"]
 
 _CHUNK = 1 << 21
 """Elements of rows x samples x weights worked on at a time."""
@@ -91,15 +90,6 @@ def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
         for start in range(0, rows, step):
             energy += float(g.rows(start, min(start + step, rows)).square().sum(dtype=torch.float64))
     return energy / max(count, 1.0)
-
-
-def threshold(scores: tuple[Tensor, ...], sparsity: float, scope: Scope) -> tuple[Tensor, ...]:
-    """Supports that keep the largest scores, of all weights together or of each: bool masks, exact counts."""
-    if scope == "layer":
-        return tuple(keep_largest(s, sparsity) for s in scores)
-    joint = keep_largest(torch.cat([s.flatten() for s in scores]), sparsity)
-    parts = torch.split(joint, [s.numel() for s in scores])
-    return tuple(part.view_as(s) for part, s in zip(parts, scores, strict=True))
 
 
 # -- values on a support ---------------------------------------------------------------------------
@@ -203,7 +193,7 @@ class Solution:
 
 def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope) -> Solution:
     """The largest ``|w~|`` stay; solved row by row."""
-    masks = threshold(tuple(w.abs() for w in problem.weights), sparsity, scope)
+    masks = keep_largest_of(tuple(w.abs() for w in problem.weights), sparsity, scope)
     return Solution(back_solve(problem, masks, "row"), masks, "magnitude", "row")
 
 
@@ -214,7 +204,9 @@ def by_saliency(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: in
         found = (_rows(problem, i, mask, saliencies=True)[1] for i, mask in enumerate(masks))
         # what is gone stays gone
         scores = tuple(s.masked_fill(~m, -1.0) for s, m in zip(found, masks, strict=True))
-        masks = threshold(scores, 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity, scope)
+        masks = keep_largest_of(
+            scores, 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity, scope
+        )
     return Solution(back_solve(problem, masks, "row"), masks, "saliency", "row")
 
 
@@ -239,7 +231,7 @@ def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope:
         for halving in range(_HALVINGS):
             step = energy / max(along + problem.ridge * energy, 1e-300) / 2**halving
             scores = tuple((v - step * s).abs() for v, s in zip(values, slope, strict=True))
-            new = threshold(scores, sparsity, scope)
+            new = keep_largest_of(scores, sparsity, scope)
             if all(bool((a == b).all()) for a, b in zip(new, masks, strict=True)):
                 break
             solved = back_solve(problem, new, "model")

@@ -1,12 +1,12 @@
-"""Cyclic coordinate descent over the entries of a table: better codes for given table and scales.
+"""Better codes for a given table and given scales: coordinate descent on the entries of a table.
 
-The step is that of `compress.passes.solvers.descent`, with the nearest entry of a table in the place of
-rounding: all codes but one held fixed, the output error ``(w - q) H (w - q)^T`` of a row is least at
-``q_t + r_t / H_tt`` with ``r = (w - q) H``, and among the values a code can take, at the one nearest to it.
-No step raises the error (QuantEase, Behdin et al. 2023, section 3; it holds for any set of values).
+The solver is that of `compress.passes.solvers.descent`, which works for any set of values; here they are
+``s T[c]``, a scale for each group of columns times the entries of the table.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +14,31 @@ from torch import Tensor
 from compress.codebook import CodebookEncoding
 from compress.numerics import magnitude
 from compress.passes.solvers.codebooks import Coded, nearest, values
+from compress.passes.solvers.descent import coordinate_descent
+from compress.passes.solvers.grids import Masked, columns_of
 
-_BLOCK = 128
+
+@dataclass(frozen=True)
+class TableGrid:
+    """``s T[c]`` for the entries of a table, a `compress.passes.solvers.grids.Grid`.
+
+    Attributes:
+        table: float32 ``[levels]``, ascending.
+        scale: float32 ``[column groups, groups, rows]``, of any sign; 0 makes every value 0.
+        width: columns in a column group.
+    """
+
+    table: Tensor
+    scale: Tensor
+    width: int
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        scale = self.scale[column // self.width]
+        return self.table[nearest(values / _divisor(scale), self.table)] * scale
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def codebook_descent(
@@ -41,33 +64,13 @@ def codebook_descent(
         damping: added to the diagonal, as a fraction of its mean: a pull towards plain rounding.
     """
     groups, columns = H.shape[0], weight.shape[1]
-    w = weight.float().reshape(groups, -1, columns)
+    w = weight.float()
+    scale = columns_of(coded.scales, groups).movedim(1, 0).contiguous()
+    movable = w != 0
+    grid = Masked(TableGrid(coded.table, scale, encoding.width(columns)), columns_of(movable, groups))
     H = H / magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
-    mean = H.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    H = H + damping * mean.view(-1, 1, 1) * torch.eye(columns)
-    diagonal = H.diagonal(dim1=1, dim2=2)
-    scale = coded.scales.repeat_interleave(encoding.width(columns), dim=1)[:, :columns].reshape_as(w)
-    # a group of zeros only has nothing to move, and nothing may divide by its scale
-    movable = (w != 0) & (scale != 0)
-    divisor = torch.where(scale == 0, 1.0, scale)
-    q = values(coded, encoding).reshape_as(w)
-    codes = coded.codes.long().reshape_as(w)
-    gradient = (w - q) @ H
-    for _ in range(sweeps):
-        before = codes.clone()
-        for start in range(0, columns, _BLOCK):
-            block = slice(start, min(start + _BLOCK, columns))
-            local, moved = gradient[..., block].clone(), torch.zeros_like(q[..., block])
-            for i, t in enumerate(range(block.start, block.stop)):
-                wanted = q[..., t] + local[..., i] / diagonal[:, t].unsqueeze(1)
-                code = torch.where(
-                    movable[..., t], nearest(wanted / divisor[..., t], coded.table), codes[..., t]
-                )
-                value = coded.table[code] * scale[..., t]
-                step = value - q[..., t]
-                codes[..., t], q[..., t], moved[..., i] = code, value, step
-                local -= step.unsqueeze(-1) * H[:, t, block].unsqueeze(1)
-            gradient -= moved @ H[:, block]
-        if torch.equal(before, codes):
-            break
-    return Coded(codes.flatten(0, 1).to(torch.uint8), coded.table, coded.scales)
+    moved = coordinate_descent(w, values(coded, encoding), H, grid, sweeps=sweeps, damping=damping)
+    scales = coded.scales.repeat_interleave(encoding.width(columns), dim=1)[:, :columns]
+    codes = nearest(moved / _divisor(scales), coded.table).to(torch.uint8)
+    # a group of zeros only has no codes to tell apart
+    return Coded(torch.where(movable & (scales != 0), codes, coded.codes), coded.table, coded.scales)

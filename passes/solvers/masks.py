@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Scope = Literal["global", "layer"]
 
 
 def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
@@ -29,6 +33,24 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
     mask = above
     mask[tied] = True
     return mask.view(scores.shape)
+
+
+def keep_largest_of(scores: Sequence[Tensor], sparsity: float, scope: Scope) -> tuple[Tensor, ...]:
+    """`keep_largest` of several tensors: of all entries together ("global"), or of each tensor ("layer").
+
+    Args:
+        scores: any shapes, finite, one dtype.
+        sparsity: as there.
+        scope: what the fraction is of.
+
+    Returns:
+        bool masks of the same shapes, True = keep.
+    """
+    if scope == "layer" or not scores:
+        return tuple(keep_largest(s, sparsity) for s in scores)
+    joint = keep_largest(torch.cat([s.flatten() for s in scores]), sparsity)
+    parts = torch.split(joint, [s.numel() for s in scores])
+    return tuple(part.view_as(s) for part, s in zip(parts, scores, strict=True))
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:

@@ -231,7 +231,7 @@ def test_a_thinned_sweep_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) 
     images = nn.functional.interpolate(images, (36, 36), mode="bicubic")
     graph = compress.capture(nn.Conv2d(3, 4, 3, padding=1), (images[:2],))
     found = []
-    for rows in (10**9, 1000):
+    for rows in (10**9, 4000):
         monkeypatch.setattr("compress.statistics.ROWS", rows)
 
         def visit(site: Any, weight: Tensor, statistics: Any) -> None:
@@ -239,8 +239,8 @@ def test_a_thinned_sweep_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) 
 
         sweep(graph, graph.sites(), visit, batches=[(images,)], needs=frozenset({"H"}))
     whole, thin = found
-    assert thin.rows < whole.rows / 9
-    assert float((thin.H - whole.H).norm() / whole.H.norm()) < 0.15
+    assert thin.rows <= whole.rows / 9
+    assert float((thin.H - whole.H).norm() / whole.H.norm()) < 0.05
 
 
 def test_rows_are_made_in_pieces_of_bounded_size() -> None:
