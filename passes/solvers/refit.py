@@ -21,6 +21,7 @@ def refit_survivors(
     *,
     G: Tensor | None = None,
     damping: float = 0.01,
+    start: Tensor | None = None,
     iterations: int = 60,
     tolerance: float = 1e-4,
 ) -> Tensor:
@@ -34,6 +35,7 @@ def refit_survivors(
             right-hand side is then ``(w G^T)_S``.
         damping: added to the diagonal, as a fraction of its mean. The pull is towards `weight`, not
             towards zero.
+        start: float ``[O, N]``, values to begin with; `weight` by default.
         iterations: of conjugate gradients at most.
         tolerance: stop when every row's residual has fallen by this factor.
 
@@ -52,11 +54,11 @@ def refit_survivors(
     ridge = damping * diagonal.mean(1).clamp_min(1e-30)
     A = H + ridge.view(-1, 1, 1) * torch.eye(columns, dtype=H.dtype)
     inverse = 1 / (diagonal + ridge.unsqueeze(1)).unsqueeze(1)
-    v = torch.where(keep, w, 0.0)
+    v = torch.where(keep, w if start is None else start.to(H.dtype).reshape_as(w) / size, 0.0)
     residual = torch.where(keep, (w - v) @ A, 0.0)
     if G is not None:
         residual += torch.where(keep, w @ (G - H).mT, 0.0)
-    start = residual.square().sum(-1, keepdim=True)
+    first = residual.square().sum(-1, keepdim=True)
     z = inverse * residual
     direction, rho = z, (residual * z).sum(-1, keepdim=True)
     for _ in range(iterations):
@@ -65,7 +67,7 @@ def refit_survivors(
         step = rho / (direction * image).sum(-1, keepdim=True).clamp_min(1e-38)
         v = v + step * direction
         residual = residual - step * image
-        if bool((residual.square().sum(-1, keepdim=True) <= tolerance**2 * start).all()):
+        if bool((residual.square().sum(-1, keepdim=True) <= tolerance**2 * first).all()):
             break
         z = inverse * residual
         new = (residual * z).sum(-1, keepdim=True)
