@@ -9,38 +9,51 @@ are taken anew at the weights of each stage (CHITA++, section 3.3).
 The loss is the cross-entropy of the model's logits. Where the calibration data has labels, of those; where
 not, gradients take labels sampled from the model, and the pruned model is judged by the divergence of its
 probabilities.
+
+`objective: layer` needs neither labels nor gradients: layer after layer, what the pruned one computes from
+the inputs it will get comes close to what the original does from its own (`compress.passes.solvers.alps`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration import output_error
+from compress.calibration import Need, Statistics, output_error
 from compress.data import Batch, CalibrationData
 from compress.errors import CalibrationError, PassError
 from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
+from compress.passes.solvers.alps import alps
 from compress.passes.solvers.chita import Solution, solve
 from compress.passes.solvers.fisher import Gradients
-from compress.passes.solvers.masks import Scope
+from compress.passes.solvers.masks import Scope, keep_largest, keep_largest_of, keep_n_of_m, parse_pattern
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.statistics import HELD_OUT_EVERY
 
 _AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
+_FISHER_ONLY = ("stages", "samples", "mini_batch", "first_order")
+_DAMPING = 0.01
+"""Of the mean square input: the pull towards the weight as it is, with objective `layer`."""
 
 
 class PruneChita(Pass):
-    """Prune by the Fisher information."""
+    """Prune by a quadratic model of the loss, or of each layer's output."""
 
     name: ClassVar[str] = "prune_chita"
 
-    sparsity: float = Field(ge=0, lt=1, description="fraction of the targeted parameters to remove")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="fraction of the targeted parameters to remove; implied by N:M"
+    )
+    objective: Literal["fisher", "layer"] = Field(
+        "fisher", description="the loss, by gradients of samples; or the output of each layer, without labels"
+    )
+    pattern: str = Field("unstructured", description='"unstructured", or with objective layer also "N:M"')
     scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
     stages: int = Field(
         1, ge=1, description="gradients are taken anew for each; the sparsity rises exponentially"
@@ -50,24 +63,59 @@ class PruneChita(Pass):
     )
     mini_batch: int = Field(1, ge=1, description="samples whose gradients are added up: less memory")
     ridge: float | None = Field(
-        None, gt=0, description="of the mean Fisher information; by default the best on held-out samples"
+        None,
+        gt=0,
+        description="of the mean Fisher information, by default the best on held-out samples; "
+        "with objective layer of the mean square input, 0.01 by default",
     )
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> PruneChita:
+        n_m = parse_pattern(self.pattern)
+        if n_m is None and self.sparsity is None:
+            raise ValueError("sparsity is required for the unstructured pattern, e.g. sparsity: 0.5")
+        if n_m is not None and self.sparsity not in (None, 1 - n_m[0] / n_m[1]):
+            raise ValueError(f"{self.pattern} means sparsity {1 - n_m[0] / n_m[1]}; leave sparsity out")
+        if n_m is not None and self.objective == "fisher":
+            raise ValueError(f"pattern {self.pattern} takes objective: layer")
+        if self.objective == "layer":
+            idle = {name: type(self).model_fields[name].default for name in _FISHER_ONLY}
+            given = [name for name, default in idle.items() if getattr(self, name) != default]
+            if given:
+                raise ValueError(f"{', '.join(given)} has no meaning with objective: layer; leave it out")
+        return self
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         if context.calibration is None:
+            wanted = "gradients on" if self.objective == "fisher" else "the inputs of layers from"
             raise CalibrationError(
-                "prune_chita has no calibration data to take gradients on",
-                expected="a few hundred samples, with labels where there are any",
+                f"prune_chita has no calibration data to take {wanted}",
+                expected="a few hundred samples"
+                + (", with labels where there are any" if self.objective == "fisher" else ""),
                 fix="give calibration data, or prune by magnitude (prune_magnitude)",
             )
         notes: list[Note] = []
         sites = self._sites(graph, notes)
         if not sites:
             return PassResult(graph, (), tuple(notes))
-        data = _Data.of(graph, context.calibration)
+        if self.objective == "layer":
+            result, changes = self._layer_wise(graph, context, {w: s[0] for w, s in sites.items()}, notes)
+            return PassResult(result, tuple(changes), tuple(notes))
+        return self._by_fisher(graph, context, context.calibration, sites, notes)
+
+    def _by_fisher(
+        self,
+        graph: Graph,
+        context: Context,
+        calibration: CalibrationData,
+        sites: dict[str, list[Site]],
+        notes: list[Note],
+    ) -> PassResult:
+        assert self.sparsity is not None
+        data = _Data.of(graph, calibration)
         if data.labels is None:
             reason = "the calibration data has no class labels; they are sampled from the model"
             notes.append(Note("all", reason))
@@ -81,7 +129,7 @@ class PruneChita(Pass):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
         what = f"chita {solution.support} {solution.block}"
-        changes = [self._change(s[0], graph.weight(w), result.weight(w), what) for w, s in sites.items()]
+        changes = [_change(s[0], graph.weight(w), result.weight(w), what, None) for w, s in sites.items()]
         return PassResult(result, tuple(changes), tuple(notes))
 
     def _sites(self, graph: Graph, notes: list[Note]) -> dict[str, list[Site]]:
@@ -97,7 +145,7 @@ class PruneChita(Pass):
                 # new values would undo the encoding
                 reason = f"already {graph.encodings[weight].encoding}; prune before quantizing"
             elif any(site.kind == "embedding" for site in all_of_it):
-                reason = "gradients of an embedding are not taken; left dense"
+                reason = "an embedding has neither gradients nor inputs to go by; left dense"
             if reason:
                 notes.append(Note(sites.pop(weight)[0].name, reason))
         return sites
@@ -127,18 +175,59 @@ class PruneChita(Pass):
             judge=judge,
         )
 
-    def _change(self, site: Site, old: Tensor, new: Tensor, what: str) -> Change:
-        size = old.numel() * old.element_size()
-        return Change(
-            site=site.name,
-            weight=site.weight,
-            action=what,
-            bits=8.0 * old.element_size(),
-            sparsity=float((new == 0).double().mean()),
-            bytes_before=size,
-            bytes_after=size,
-            error=output_error(old, new, None),
-        )
+    def _layer_wise(
+        self, graph: Graph, context: Context, sites: dict[str, Site], notes: list[Note]
+    ) -> tuple[Graph, list[Change]]:
+        n_m = parse_pattern(self.pattern)
+        shares: dict[str, float] = {}
+        if n_m is None:
+            assert self.sparsity is not None
+            shares = dict.fromkeys(sites, self.sparsity)
+            if self.scope == "global":
+                masks = keep_largest_of(
+                    [graph.weight(w).abs().float() for w in sites], self.sparsity, "global"
+                )
+                shares = {w: float((~m).double().mean()) for w, m in zip(sites, masks, strict=True)}
+        else:
+            for weight in list(sites):
+                if (channels := graph.shape(weight)[1]) % n_m[1]:
+                    reason = f"{channels} input channels are no multiple of {n_m[1]}; left dense"
+                    notes.append(Note(sites.pop(weight).name, reason))
+        changes: list[Change] = []
+
+        def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:
+            def keep(scores: Tensor) -> Tensor:
+                if n_m is None:
+                    return keep_largest(scores, shares[site.weight])
+                # channels last, so that the M entries of a group are neighbours
+                kept = keep_n_of_m(scores.view_as(old).movedim(1, -1), *n_m)
+                return kept.movedim(-1, 1).reshape(scores.shape)
+
+            assert statistics is not None
+            assert statistics.H is not None
+            damping = _DAMPING if self.ridge is None else self.ridge
+            new = alps(old.flatten(1).float(), statistics.H, keep, G=statistics.G, damping=damping)
+            new = new.view_as(old).to(old.dtype)
+            what = self.pattern if n_m is not None else f"chita layer {self.scope}"
+            changes.append(_change(site, old, new, what, statistics))
+            return new
+
+        needs: frozenset[Need] = frozenset({"diag", "H", "G"})
+        return context.sweep(graph, list(sites.values()), visit, needs), changes
+
+
+def _change(site: Site, old: Tensor, new: Tensor, what: str, statistics: Statistics | None) -> Change:
+    size = old.numel() * old.element_size()
+    return Change(
+        site=site.name,
+        weight=site.weight,
+        action=what,
+        bits=8.0 * old.element_size(),
+        sparsity=float((new == 0).double().mean()),
+        bytes_before=size,
+        bytes_after=size,
+        error=output_error(old, new, statistics),
+    )
 
 
 # -- samples ---------------------------------------------------------------------------------------

@@ -124,3 +124,87 @@ def test_beats_magnitudes(options: dict[str, object], tmp_path: Path) -> None:
     assert loss(result) < 0.5 * loss(magnitude)
     pytest.importorskip("onnxruntime")
     compress.export(result, tmp_path / "pruned.onnx")
+
+
+# -- objective: layer ------------------------------------------------------------------------------
+
+
+def layer_wise(name: str, count: int = 40, **options: object) -> tuple[compress.Graph, PassResult]:
+    graph = compress.capture(make(name), MODELS[name].inputs(2))
+    inputs = MODELS[name].inputs(count)
+    data = load_calibration([inputs], inputs=graph.inputs)
+    chita = PruneChita(objective="layer", **options)  # type: ignore[arg-type]
+    return graph, chita.apply(graph, Context(graph, data))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_layer_wise_removes_the_exact_number(scope: str) -> None:
+    graph, result = layer_wise("convnet", sparsity=0.6, scope=scope)
+    names = {s.weight for s in graph.sites()}
+    assert {c.weight for c in result.changes} == names
+    zeros = {n: int((result.graph.weight(n) == 0).sum()) for n in names}
+    if scope == "layer":
+        assert zeros == {n: round(0.6 * graph.weight(n).numel()) for n in names}
+    else:
+        assert sum(zeros.values()) == round(0.6 * sum(graph.weight(n).numel() for n in names))
+        magnitude = PruneMagnitude(sparsity=0.6, refit=False).apply(graph, Context(graph)).graph
+        assert zeros == {n: int((magnitude.weight(n) == 0).sum()) for n in names}
+
+
+def test_layer_wise_two_of_four_along_the_input_channels(tmp_path: Path) -> None:
+    graph, result = layer_wise("convnet", pattern="2:4")
+    changed = {c.weight for c in result.changes}
+    assert changed == {"grouped.weight", "fc1.weight", "fc2.weight"}
+    for name in changed:
+        kept = (result.graph.weight(name).movedim(1, -1) != 0).unflatten(-1, (-1, 4)).sum(-1)
+        assert (kept <= 2).all()
+    assert {n.site for n in result.notes} == {"conv1", "depthwise"}
+    assert torch.equal(result.graph.weight("conv1.weight"), graph.weight("conv1.weight"))
+    pytest.importorskip("onnxruntime")
+    compress.export(result.graph, tmp_path / "pruned.onnx")
+
+
+@pytest.mark.parametrize("name", ["encoder", "tied_lm", "products"])
+def test_layer_wise_takes_any_model(name: str) -> None:
+    """No logits, no labels; what cannot be pruned is left alone."""
+    graph, result = layer_wise(name, sparsity=0.5, scope="layer")
+    again = layer_wise(name, sparsity=0.5, scope="layer")[1]
+    for change in result.changes:
+        assert change.sparsity == pytest.approx(0.5, abs=0.51 / graph.weight(change.weight).numel())
+        assert torch.equal(result.graph.weight(change.weight), again.graph.weight(change.weight))
+    assert name != "tied_lm" or any("embedding" in note.reason for note in result.notes)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.8}, {"pattern": "1:4"}])
+def test_layer_wise_beats_magnitudes_with_refit(options: dict[str, object]) -> None:
+    graph = compress.capture(trained(), (torch.randn(2, 20),))
+    data = load_calibration([(blobs(400, 2)[0],)], inputs=graph.inputs)
+    context, test = Context(graph, data), blobs(2000, 3)[0]
+    wanted = graph.run([test])[0]
+
+    def error(pruned: compress.Graph) -> float:
+        return float((pruned.run([test])[0] - wanted).square().mean())
+
+    magnitude = PruneMagnitude(scope="layer", **options).apply(graph, context).graph  # type: ignore[arg-type]
+    chita = PruneChita(objective="layer", scope="layer", **options)  # type: ignore[arg-type]
+    assert error(chita.apply(graph, context).graph) < 0.9 * error(magnitude)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "sparsity is required"),
+        ({"pattern": "2:4"}, "takes objective: layer"),
+        ({"pattern": "2:4", "objective": "layer", "sparsity": 0.3}, "leave sparsity out"),
+        ({"sparsity": 0.5, "objective": "layer", "stages": 2, "mini_batch": 4}, "stages, mini_batch"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruneChita(**options)  # type: ignore[arg-type]
+
+
+def test_layer_wise_without_data() -> None:
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    with pytest.raises(CalibrationError, match="inputs of layers"):
+        PruneChita(objective="layer", sparsity=0.5).apply(graph, Context(graph))
