@@ -6,6 +6,7 @@ from compress.passes.cleanup import Cleanup
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.prune_chita import PruneChita
 from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.prune_random import PruneRandom
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
@@ -17,6 +18,7 @@ PASSES: dict[str, type[Pass]] = {
     "mixed_precision": MixedPrecision,
     "prune_chita": PruneChita,
     "prune_magnitude": PruneMagnitude,
+    "prune_random": PruneRandom,
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,
     "quantize_weights": QuantizeWeights,

@@ -22,8 +22,12 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
     Returns:
         bool mask of the same shape, True = keep. Among equal scores the first positions are kept.
     """
+    return keep_count(scores, scores.numel() - round(sparsity * scores.numel()))
+
+
+def keep_count(scores: Tensor, keep: int) -> Tensor:
+    """Keep the `keep` entries with the largest scores; otherwise as `keep_largest`."""
     flat = scores.flatten()
-    keep = flat.numel() - round(sparsity * flat.numel())
     mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     if keep == 0:
         return mask.view(scores.shape)
@@ -69,6 +73,12 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, order[..., :n], True)
     return mask.flatten(-2)
+
+
+def keep_n_of_m_channels(scores: Tensor, n: int, m: int) -> Tensor:
+    """`keep_n_of_m` along the input channels, the second axis of a weight ``[O, I, *kernel]``."""
+    # channels last, so that the M entries of a group are neighbours
+    return keep_n_of_m(scores.movedim(1, -1), n, m).movedim(-1, 1)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
