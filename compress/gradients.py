@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from compress.errors import PassError
 from compress.graph import Graph, Site, has_effect, last_uses
 from compress.sensitivity import logits
-from compress.statistics import Geometry, rows_of
+from compress.statistics import Geometry, columns_of
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,6 @@ def _factors(graph: Graph, site: Site, x: Tensor, delta: Tensor, samples: int) -
             x.float().reshape(1, samples, -1, x.shape[-1]), delta.reshape(1, samples, -1, delta.shape[-1])
         )
     geometry = Geometry.of(graph.node(site.node), tuple(graph.shape(site.weight)[2:]))
-    patches = rows_of(x, geometry)
-    groups, _, columns = patches.shape
-    delta = delta.reshape(samples, groups, -1, patches.shape[1] // samples).permute(1, 0, 3, 2)
-    return SiteGradient(patches.view(groups, samples, -1, columns), delta)
+    columns = columns_of(x, geometry).unflatten(2, (samples, -1))  # [groups, N, B, T]
+    delta = delta.reshape(samples, len(columns), -1, columns.shape[3]).permute(1, 0, 3, 2)
+    return SiteGradient(columns.permute(0, 2, 3, 1), delta)

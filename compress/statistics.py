@@ -148,8 +148,8 @@ class Sums:
         parts = []
         for i in range(min(len(x), len(grids))):
             offsets = grids[(self.samples + i) % len(grids)]
-            parts.append(rows_of(x[i :: len(grids)], self.geometry, self.every, offsets))
-        return torch.cat(parts, 1)
+            parts.append(columns_of(x[i :: len(grids)], self.geometry, self.every, offsets))
+        return torch.cat(parts, 2).mT
 
     def include(self, others: Sums) -> None:
         """Add the rows of another one."""
@@ -223,32 +223,41 @@ def thinning(places: Sequence[int], samples: int, columns: int) -> int:
 
 
 def rows_of(x: Tensor, geometry: Geometry | None, every: int = 1, offsets: Sequence[int] = ()) -> Tensor:
-    """Inputs as float32 rows ``[groups, rows, N]``.
+    """Inputs as float32 rows ``[groups, rows, N]``; of a convolution a view of its `columns_of`.
 
     Linear: ``x`` is ``[..., N]``. Convolution: ``x`` is ``[B, C, *spatial]`` (or unbatched), a row is
     the patch ``(C/groups, *kernel)`` in the order of ``weight.flatten(1)``; of its places along each axis
     every `every`-th is taken, from `offsets` on.
     """
-    x = x.float()
     if geometry is None:
-        return x.reshape(1, -1, x.shape[-1])
+        return x.float().reshape(1, -1, x.shape[-1])
+    return columns_of(x, geometry, every, offsets).mT
+
+
+def columns_of(x: Tensor, geometry: Geometry, every: int = 1, offsets: Sequence[int] = ()) -> Tensor:
+    """Patches of a convolution as float32 columns ``[groups, N, rows]``; see `rows_of`.
+
+    They are put together from one slice of the input for each position of the kernel: such slices have long
+    runs of neighbours, which windows have not.
+    """
     rank = len(geometry.kernel)
     if x.ndim == rank + 1:
         x = x.unsqueeze(0)
-    flat_pads = [p for pair in reversed(geometry.padding) for p in pair]
-    x = torch.nn.functional.pad(x, flat_pads)
-    for axis in range(rank):
-        # after unfolding, the window of this axis is the last axis; dilation takes every d-th of it
-        span = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
-        stride = geometry.stride[axis]
-        if every > 1:
-            skipped = stride * offsets[axis]
-            x = x.narrow(2 + axis, skipped, x.shape[2 + axis] - skipped)
-        x = x.unfold(2 + axis, span, stride * every)[..., :: geometry.dilation[axis]]
-    batch, channels, *rest = x.shape
-    places = math.prod(rest[:rank])
-    x = x.reshape(batch, geometry.groups, channels // geometry.groups, places, -1)
-    return x.permute(1, 0, 3, 2, 4).reshape(geometry.groups, batch * places, -1)
+    offsets = offsets or (0,) * rank
+    counts = [
+        math.ceil((n - offset) / every) for n, offset in zip(geometry.places(x.shape), offsets, strict=True)
+    ]
+    x = torch.nn.functional.pad(x.float(), [p for pair in reversed(geometry.padding) for p in pair])
+    x = x.transpose(0, 1)
+    columns = x.new_empty(len(x), math.prod(geometry.kernel), x.shape[1], *counts)
+    for i, position in enumerate(itertools.product(*map(range, geometry.kernel))):
+        spans = [slice(None), slice(None)]
+        for axis, k in enumerate(position):
+            start = offsets[axis] * geometry.stride[axis] + k * geometry.dilation[axis]
+            step = geometry.stride[axis] * every
+            spans.append(slice(start, start + (counts[axis] - 1) * step + 1, step))
+        columns[:, i] = x[tuple(spans)]
+    return columns.view(geometry.groups, -1, x.shape[1] * math.prod(counts))
 
 
 CHUNK = 1 << 24
