@@ -68,6 +68,7 @@ def site_gradients(
     inputs: Sequence[Tensor],
     labels: Tensor | None,
     generator: torch.Generator,
+    temperature: float = 1.0,
 ) -> Iterator[tuple[Site, SiteGradient]]:
     """Factors of the gradients of the cross-entropy, summed over a sample's rows of logits, site by site.
 
@@ -82,6 +83,11 @@ def site_gradients(
             et al. 2019, "Limitations of the empirical Fisher approximation", section 2). The most probable
             class instead would make gradients vanish where the model is sure.
         generator: for sampling them.
+        temperature: logits are divided by it where classes are sampled. Where the model is sure of nearly
+            every sample, a few doubtful ones are all that its Fisher information consists of; at a higher
+            temperature every sample tells what moves its logits (as in Hinton et al. 2015, "Distilling the
+            knowledge in a neural network", section 2.1, where it goes to infinity). The loss is multiplied by
+            it, so that gradients keep their size.
 
     Raises:
         PassError: the model has no logits, or a layer mixes samples.
@@ -104,11 +110,12 @@ def site_gradients(
         scores = _run(graph, inputs, nodes, at_site)[target_output(graph)].float()
         rows = scores.reshape(-1, scores.shape[-1])
         if labels is not None and fits(labels, len(scores), scores):
-            classes = labels.flatten()
+            classes, scale = labels.flatten(), 1.0
         else:
+            rows, scale = rows / temperature, temperature
             odds = rows.detach().softmax(-1)
             classes = torch.multinomial(odds, 1, generator=generator).squeeze(1)
-        loss = torch.nn.functional.cross_entropy(rows, classes, reduction="sum")
+        loss = scale * torch.nn.functional.cross_entropy(rows, classes, reduction="sum")
         used = list(slack)
         found = torch.autograd.grad(loss, [slack[name] for name in used], allow_unused=True)
     samples = len(inputs[0])

@@ -1,14 +1,17 @@
 """CHITA: pruning by a quadratic model of the loss, from gradients of single samples (Benbaki et al. 2023).
 
-The weights that go, and new values of those that stay, minimise the loss's quadratic model with the
-empirical Fisher information as Hessian (`compress.passes.solvers.chita`). Four samples of five give
-gradients; which support, which form of the Fisher information and which ridge are taken is decided by the
-loss of the pruned model on the fifth. With several stages the sparsity rises exponentially, and gradients
-are taken anew at the weights of each stage (CHITA++, section 3.3).
+The weights that go, and new values of those that stay, minimise the loss's quadratic model with the Fisher
+information as Hessian (`compress.passes.solvers.chita`). Three things are left open by that:
 
-The loss is the cross-entropy of the model's logits. Where the calibration data has labels, of those; where
-not, gradients take labels sampled from the model, and the pruned model is judged by the divergence of its
-probabilities.
+- **Of which loss.** The paper takes the cross-entropy with the samples' labels. A trained model is sure of
+  nearly all of these: its Fisher information consists of a few doubtful samples. So here gradients
+  are those of the model's own predictions, at a `temperature` (`compress.gradients.site_gradients`): every
+  sample tells what must not change, and no labels are needed. ``null`` gives the paper's.
+- **Support, form of the Fisher information, and ridge.** By `method: best` four samples of five give
+  gradients, and the loss of the pruned model on the fifth decides.
+- **How often.** With several `stages` the sparsity rises exponentially, and gradients are taken anew at the
+  weights of each (CHITA++, section 3.3). With `first_order` each of them is a step of training, too, by the
+  labels' loss.
 
 `objective: layer` needs neither labels nor gradients: layer after layer, what the pruned one computes from
 the inputs it will get comes close to what the original does from its own (`compress.passes.solvers.alps`).
@@ -29,7 +32,7 @@ from compress.errors import CalibrationError, PassError
 from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
 from compress.passes.solvers.alps import alps
-from compress.passes.solvers.chita import Solution, solve
+from compress.passes.solvers.chita import Method, Solution, solve
 from compress.passes.solvers.fisher import Gradients
 from compress.passes.solvers.masks import Scope, keep_largest, keep_largest_of, keep_n_of_m, parse_pattern
 from compress.pipeline import Change, Context, Note, Pass, PassResult
@@ -37,7 +40,7 @@ from compress.statistics import HELD_OUT_EVERY
 
 _AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
-_FISHER_ONLY = ("stages", "samples", "mini_batch", "first_order")
+_FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order")
 _DAMPING = 0.01
 """Of the mean square input: the pull towards the weight as it is, with objective `layer`."""
 
@@ -62,10 +65,17 @@ class PruneChita(Pass):
         None, ge=1, description="calibration samples of a stage; all of them by default"
     )
     mini_batch: int = Field(1, ge=1, description="samples whose gradients are added up: less memory")
+    method: Method = Field("best", description="how the support is found; best: as held-out samples say")
+    temperature: float | None = Field(
+        4.0,
+        gt=0,
+        description="gradients are those of the model's predictions at this temperature; "
+        "null: of the loss with the samples' labels, as in the paper",
+    )
     ridge: float | None = Field(
         None,
         gt=0,
-        description="of the mean Fisher information, by default the best on held-out samples; "
+        description="of the mean Fisher information, by default the best on held-out samples, or 0.05; "
         "with objective layer of the mean square input, 0.01 by default",
     )
     first_order: bool = Field(
@@ -116,7 +126,13 @@ class PruneChita(Pass):
     ) -> PassResult:
         assert self.sparsity is not None
         data = _Data.of(graph, calibration)
-        if data.labels is None:
+        if data.labels is None and self._labelled:
+            if self.first_order:
+                raise CalibrationError(
+                    "first_order trains the model on the labels of the calibration data, which has none",
+                    expected="a class for each row of logits",
+                    fix="give labels, or leave first_order out",
+                )
             reason = "the calibration data has no class labels; they are sampled from the model"
             notes.append(Note("all", reason))
         result = graph.copy()
@@ -131,6 +147,11 @@ class PruneChita(Pass):
         what = f"chita {solution.support} {solution.block}"
         changes = [_change(s[0], graph.weight(w), result.weight(w), what, None) for w, s in sites.items()]
         return PassResult(result, tuple(changes), tuple(notes))
+
+    @property
+    def _labelled(self) -> bool:
+        """Whether gradients are those of the labels' loss."""
+        return self.first_order or self.temperature is None
 
     def _sites(self, graph: Graph, notes: list[Note]) -> dict[str, list[Site]]:
         """Every site of each weight to prune."""
@@ -153,8 +174,11 @@ class PruneChita(Pass):
     def _stage(
         self, graph: Graph, sites: dict[str, list[Site]], data: _Data, sparsity: float, seed: int
     ) -> Solution:
-        fitting, held_out = data.split(self.mini_batch)
-        collected = _collect(graph, sites, fitting, self.mini_batch, torch.Generator().manual_seed(seed))
+        fitting, held_out = data.split(self.mini_batch) if self.method == "best" else (data, data)
+        if not self._labelled:
+            fitting = replace(fitting, labels=None)
+        generator = torch.Generator().manual_seed(seed)
+        collected = _collect(graph, sites, fitting, self.mini_batch, generator, self.temperature or 1.0)
         weights = tuple(graph.weight(w).flatten(1).float() for w in sites)
         trial = graph.copy()
 
@@ -169,6 +193,7 @@ class PruneChita(Pass):
             collected,
             sparsity,
             scope=self.scope,
+            method=self.method,
             ridge=self.ridge,
             # in the units of sums over mini-batches divided by the root of their size
             first_order=self.mini_batch**-0.5 if self.first_order else 0.0,
@@ -306,7 +331,12 @@ class _Data:
 
 
 def _collect(
-    graph: Graph, sites: dict[str, list[Site]], data: _Data, mini_batch: int, generator: torch.Generator
+    graph: Graph,
+    sites: dict[str, list[Site]],
+    data: _Data,
+    mini_batch: int,
+    generator: torch.Generator,
+    temperature: float,
 ) -> tuple[Gradients, ...]:
     """Gradients of all samples for each weight."""
     size = min(mini_batch, len(data))
@@ -316,7 +346,7 @@ def _collect(
     for start in range(0, len(data), at_once):
         rows = data.at(torch.arange(start, min(start + at_once, len(data))))
         found: dict[str, Gradients] = {}
-        for site, factors in site_gradients(graph, every, rows.inputs, rows.labels, generator):
+        for site, factors in site_gradients(graph, every, rows.inputs, rows.labels, generator, temperature):
             new = _gradients(factors)
             found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
         for weight in sites:

@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """Dequantized weights by name, and what they cost: processor time of the method alone, s, and peak bytes."""
+    """Dequantized weights by name, and what the method alone cost: processor time, s, and peak bytes."""
 
     weights: dict[str, Tensor]
     seconds: float

@@ -191,10 +191,10 @@ class Solution:
     block: Block
 
 
-def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope) -> Solution:
-    """The largest ``|w~|`` stay; solved row by row."""
+def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope, block: Block = "row") -> Solution:
+    """The largest ``|w~|`` stay."""
     masks = keep_largest_of(tuple(w.abs() for w in problem.weights), sparsity, scope)
-    return Solution(back_solve(problem, masks, "row"), masks, "magnitude", "row")
+    return Solution(back_solve(problem, masks, block), masks, "magnitude", block)
 
 
 def by_saliency(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: int = 3) -> Solution:
@@ -246,7 +246,9 @@ def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope:
 
 # -- all of it -------------------------------------------------------------------------------------
 
-RIDGES = (0.2, 0.05, 0.8)
+Method = Literal["best", "saliency", "magnitude", "thresholding"]
+
+RIDGES = (0.05, 0.2, 0.8)
 """Of the mean diagonal of the Fisher information; the first one is tried with every support."""
 
 
@@ -256,26 +258,37 @@ def solve(
     sparsity: float,
     *,
     scope: Scope = "global",
+    method: Method = "best",
     ridge: float | None = None,
     first_order: float = 0.0,
-    judge: Callable[[tuple[Tensor, ...]], float],
+    judge: Callable[[tuple[Tensor, ...]], float] | None = None,
 ) -> Solution:
-    """Prune: the best of several supports, forms of the Fisher information, and ridges.
+    """Prune.
 
     Args:
         weights: dense, float32 ``[O, K]`` each.
         gradients: of the loss of n samples at these weights; one for each weight.
         sparsity: fraction to remove.
         scope: over all weights together, or of each.
-        ridge: in units of `mean_diagonal`; None tries all of `RIDGES`.
+        method: `saliency`: supports and values by rows; `magnitude`: the largest weights, solved jointly;
+            `thresholding`: iterations from there; `best`: whichever of these, of their other forms of the
+            Fisher information, and of ridges the judge likes best.
+        ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first.
         first_order: c of the model.
-        judge: loss of given weights on samples that `gradients` does not hold; the least wins.
+        judge: for `best`, the loss of given weights on samples that `gradients` does not hold.
     """
     unit = mean_diagonal(gradients)
     ridges = RIDGES if ridge is None else (ridge,)
     first, *others = (
         Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), first_order) for relative in ridges
     )
+    if method == "saliency":
+        return by_saliency(first, sparsity, scope)
+    if method != "best":
+        largest = by_magnitude(first, sparsity, scope, "model")
+        return largest if method == "magnitude" else by_thresholding(first, largest, sparsity, scope)
+    if judge is None:
+        raise ValueError("method best needs a judge")
     tried = [by_saliency(first, sparsity, scope), by_magnitude(first, sparsity, scope)]
     tried += [jointly(first, solution) for solution in tried]
     losses = [judge(solution.values) for solution in tried]

@@ -57,6 +57,20 @@ def test_labels_are_sampled_where_there_are_none() -> None:
         assert float(found.delta.square().mean()) > 0.05
 
 
+def test_second_moments_at_a_temperature() -> None:
+    """Those of the output's gradients are diag(p) - p p^T, p the probabilities at that temperature."""
+    torch.manual_seed(0)
+    graph = compress.capture(nn.Linear(3, 4), (torch.randn(2, 3),))
+    x = 5 * torch.randn(1, 3)
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 4.0):
+        p = (graph.run([x])[0][0] / temperature).softmax(-1)
+        inputs = (x.expand(40000, 3),)
+        ((_, found),) = site_gradients(graph, graph.sites(), inputs, None, generator, temperature)
+        delta = found.delta[0, :, 0]
+        assert torch.allclose(delta.T @ delta / 40000, p.diag() - torch.outer(p, p), atol=0.01)
+
+
 class InPlace(nn.Module):
     """The output of a layer, and the input of another one, are overwritten."""
 

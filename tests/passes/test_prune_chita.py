@@ -35,7 +35,15 @@ def prune(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"stages": 3, "samples": 20}, {"mini_batch": 4, "first_order": True}]
+    "options",
+    [
+        {},
+        {"stages": 3, "samples": 20},
+        {"mini_batch": 4, "first_order": True},
+        {"method": "saliency"},
+        {"method": "magnitude"},
+        {"method": "thresholding", "temperature": None},
+    ],
 )
 def test_global_removes_the_exact_number(options: dict[str, object]) -> None:
     graph, result = prune("convnet", sparsity=0.6, **options)
@@ -54,10 +62,26 @@ def test_layer_scope_targets_and_ridge() -> None:
 
 
 def test_same_seed_same_weights() -> None:
-    one, other = (prune("convnet", sparsity=0.7, labelled=False)[1] for _ in range(2))
+    options: dict[str, object] = {"sparsity": 0.7, "labelled": False, "temperature": None}
+    one, other = (prune("convnet", **options)[1] for _ in range(2))  # type: ignore[arg-type]
     for change in one.changes:
         assert torch.equal(one.graph.weight(change.weight), other.graph.weight(change.weight))
     assert any("sampled from the model" in note.reason for note in one.notes)
+
+
+def test_labels_do_not_matter_to_predictions() -> None:
+    """Gradients of the model's own predictions, and no held-out samples to judge by."""
+    with_labels, without = (
+        prune("convnet", sparsity=0.7, labelled=labelled, method="saliency")[1] for labelled in (True, False)
+    )
+    for change in with_labels.changes:
+        assert torch.equal(with_labels.graph.weight(change.weight), without.graph.weight(change.weight))
+    assert not without.notes
+
+
+def test_first_order_takes_labels() -> None:
+    with pytest.raises(CalibrationError, match="first_order trains the model on the labels"):
+        prune("convnet", sparsity=0.7, labelled=False, first_order=True)
 
 
 def test_tied_and_encoded_weights_are_left_alone() -> None:
@@ -110,7 +134,7 @@ def trained() -> nn.Sequential:
     return model.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"stages": 4}, {"mini_batch": 4}])
+@pytest.mark.parametrize("options", [{}, {"stages": 4}, {"mini_batch": 4}, {"temperature": None}])
 def test_beats_magnitudes(options: dict[str, object], tmp_path: Path) -> None:
     graph = compress.capture(trained(), (torch.randn(2, 20),))
     data = load_calibration([blobs(400, 2)], inputs=graph.inputs)

@@ -194,6 +194,18 @@ def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None
     assert sum(removed) == round(0.6 * 83)
 
 
+@pytest.mark.parametrize("method", ["saliency", "magnitude", "thresholding"])
+def test_solve_by_one_method(method: str) -> None:
+    problem = example(8, 0, rows=7, columns=11)
+    weights, gradients = problem.weights, problem.gradients
+    found = solve(weights, gradients, 0.6, method=method, ridge=0.1)  # type: ignore[arg-type]
+    assert sum(int((v == 0).sum()) for v in found.values) == round(0.6 * 83)
+    assert found.support in (method, "magnitude")
+    assert found.block == ("row" if method == "saliency" else "model")
+    with pytest.raises(ValueError, match="needs a judge"):
+        solve(weights, gradients, 0.6)
+
+
 def test_ridge_is_relative_to_the_fisher_information() -> None:
     """Gradients a thousand times larger: the same weights."""
     problem = example(8, 1)
