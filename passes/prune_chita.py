@@ -11,7 +11,7 @@ information as Hessian (`compress.passes.solvers.chita`). Three things are left 
   gradients, and the loss of the pruned model on the fifth decides.
 - **How often.** With several `stages` the sparsity rises exponentially, and gradients are taken anew at the
   weights of each (CHITA++, section 3.3). With `first_order` each of them is a step of training, too, by the
-  labels' loss.
+  labels' loss; the last ones are nothing else.
 
 `objective: layer` needs neither labels nor gradients: layer after layer, what the pruned one computes from
 the inputs it will get comes close to what the original does from its own (`compress.passes.solvers.alps`).
@@ -41,6 +41,8 @@ from compress.statistics import HELD_OUT_EVERY
 _AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
 _FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order")
+_RISING = 0.7
+"""Of the stages, with `first_order`: in the others the sparsity stays."""
 _DAMPING = 0.01
 """Of the mean square input: the pull towards the weight as it is, with objective `layer`."""
 
@@ -138,15 +140,20 @@ class PruneChita(Pass):
         result = graph.copy()
         for stage in range(self.stages):
             part = data.part(stage, self.samples)
-            step = 1 - (1 - self.sparsity) ** ((stage + 1) / self.stages)
-            sparsity = self.sparsity if stage + 1 == self.stages else step
-            solution = self._stage(result, sites, part, sparsity, context.seed + stage)
+            solution = self._stage(result, sites, part, self._sparsity(stage), context.seed + stage)
             for (weight, _), values in zip(sites.items(), solution.values, strict=True):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
         what = f"chita {solution.support} {solution.block}"
         changes = [_change(s[0], graph.weight(w), result.weight(w), what, None) for w, s in sites.items()]
         return PassResult(result, tuple(changes), tuple(notes))
+
+    def _sparsity(self, stage: int) -> float:
+        """After a stage, counted from 0."""
+        assert self.sparsity is not None
+        # where stages train, the last ones train what is left
+        rising = max(1, round(_RISING * self.stages)) if self.first_order else self.stages
+        return self.sparsity if stage + 1 >= rising else 1 - (1 - self.sparsity) ** ((stage + 1) / rising)
 
     @property
     def _labelled(self) -> bool:

@@ -82,14 +82,9 @@ class Quadratic:
 
 def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
     """Mean diagonal entry of the Fisher information over all weights: the unit to give a ridge in."""
-    energy = count = 0.0
-    for g in gradients:
-        rows, columns = g.shape
-        count += rows * columns * g.samples
-        step = max(1, _CHUNK // max(1, g.samples * columns))
-        for start in range(0, rows, step):
-            energy += float(g.rows(start, min(start + step, rows)).square().sum(dtype=torch.float64))
-    return energy / max(count, 1.0)
+    entries = [g.diagonal() for g in gradients]
+    total = sum(float(e.sum(dtype=torch.float64)) for e in entries)
+    return total / max(sum(e.numel() for e in entries), 1)
 
 
 # -- values on a support ---------------------------------------------------------------------------
@@ -191,14 +186,25 @@ class Solution:
     block: Block
 
 
-def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope, block: Block = "row") -> Solution:
-    """The largest ``|w~|`` stay."""
+def by_magnitude(problem: Quadratic, sparsity: float, scope: Scope) -> Solution:
+    """The largest ``|w~|`` stay, solved for all weights jointly."""
     masks = keep_largest_of(tuple(w.abs() for w in problem.weights), sparsity, scope)
-    return Solution(back_solve(problem, masks, block), masks, "magnitude", block)
+    return Solution(back_solve(problem, masks, "model"), masks, "magnitude", "model")
 
 
-def by_saliency(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: int = 3) -> Solution:
-    """The largest saliencies stay; each round removes the same fraction, then solves by rows."""
+def by_obd(problem: Quadratic, sparsity: float, scope: Scope) -> Solution:
+    """The largest ``w~^2 (F_jj + ridge)`` stay, solved for all weights jointly: Optimal Brain Damage, with
+    values (LeCun et al. 1990)."""
+    scores = tuple(
+        w.square() * (g.diagonal() + problem.ridge)
+        for w, g in zip(problem.weights, problem.gradients, strict=True)
+    )
+    masks = keep_largest_of(scores, sparsity, scope)
+    return Solution(back_solve(problem, masks, "model"), masks, "obd", "model")
+
+
+def by_obs(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: int = 3) -> Solution:
+    """The largest saliencies by rows stay; each round removes the same fraction, then solves by rows."""
     masks = tuple(torch.ones_like(w, dtype=torch.bool) for w in problem.weights)
     for done in range(1, rounds + 1):
         found = (_rows(problem, i, mask, saliencies=True)[1] for i, mask in enumerate(masks))
@@ -207,20 +213,23 @@ def by_saliency(problem: Quadratic, sparsity: float, scope: Scope, *, rounds: in
         masks = keep_largest_of(
             scores, 1 - (1 - sparsity) ** (done / rounds) if done < rounds else sparsity, scope
         )
-    return Solution(back_solve(problem, masks, "row"), masks, "saliency", "row")
+    return Solution(back_solve(problem, masks, "row"), masks, "obs", "row")
 
 
-def jointly(problem: Quadratic, start: Solution) -> Solution:
-    """The same support, solved for all weights jointly."""
-    return replace(start, values=back_solve(problem, start.masks, "model"), block="model")
+def again(problem: Quadratic, start: Solution, block: Block) -> Solution:
+    """The same support, solved with this form of the Fisher information."""
+    return replace(start, values=back_solve(problem, start.masks, block), block=block)
 
 
-def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope: Scope) -> Solution:
-    """Iterative hard thresholding over all weights jointly, from a joint solution.
+def by_thresholding(
+    problem: Quadratic, sparsity: float, scope: Scope, start: Solution | None = None
+) -> Solution:
+    """Iterative hard thresholding over all weights jointly, from a joint solution; else from `by_magnitude`.
 
     ``w <- H_k(w - t grad Q(w))`` followed by the back-solve on the new support, as long as Q falls; t is the
     exact minimiser of Q along its gradient, halved while the step does not pay.
     """
+    start = start or by_magnitude(problem, sparsity, scope)
     values, masks = start.values, start.masks
     least = problem.objective(values)
     for _ in range(_ROUNDS):
@@ -246,7 +255,14 @@ def by_thresholding(problem: Quadratic, start: Solution, sparsity: float, scope:
 
 # -- all of it -------------------------------------------------------------------------------------
 
-Method = Literal["best", "saliency", "magnitude", "thresholding"]
+Method = Literal["best", "obs", "obd", "magnitude", "thresholding"]
+
+_BY: dict[str, Callable[[Quadratic, float, Scope], Solution]] = {
+    "obs": by_obs,
+    "obd": by_obd,
+    "magnitude": by_magnitude,
+    "thresholding": by_thresholding,
+}
 
 RIDGES = (0.05, 0.2, 0.8)
 """Of the mean diagonal of the Fisher information; the first one is tried with every support."""
@@ -270,9 +286,9 @@ def solve(
         gradients: of the loss of n samples at these weights; one for each weight.
         sparsity: fraction to remove.
         scope: over all weights together, or of each.
-        method: `saliency`: supports and values by rows; `magnitude`: the largest weights, solved jointly;
-            `thresholding`: iterations from there; `best`: whichever of these, of their other forms of the
-            Fisher information, and of ridges the judge likes best.
+        method: `obs`: Optimal Brain Surgeon by rows; `obd`: Optimal Brain Damage, solved jointly;
+            `magnitude`: the largest weights, solved jointly; `thresholding`: iterations from there; `best`:
+            what the judge likes best of these, of the other form of the Fisher information, and of ridges.
         ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first.
         first_order: c of the model.
         judge: for `best`, the loss of given weights on samples that `gradients` does not hold.
@@ -282,23 +298,17 @@ def solve(
     first, *others = (
         Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), first_order) for relative in ridges
     )
-    if method == "saliency":
-        return by_saliency(first, sparsity, scope)
     if method != "best":
-        largest = by_magnitude(first, sparsity, scope, "model")
-        return largest if method == "magnitude" else by_thresholding(first, largest, sparsity, scope)
+        return _BY[method](first, sparsity, scope)
     if judge is None:
         raise ValueError("method best needs a judge")
-    tried = [by_saliency(first, sparsity, scope), by_magnitude(first, sparsity, scope)]
-    tried += [jointly(first, solution) for solution in tried]
+    obs, magnitude = by_obs(first, sparsity, scope), by_magnitude(first, sparsity, scope)
+    tried = [obs, again(first, obs, "model"), magnitude, again(first, magnitude, "row")]
+    tried.append(by_obd(first, sparsity, scope))
     losses = [judge(solution.values) for solution in tried]
     best = tried[losses.index(min(losses))]
-    more = []
+    more = [again(p, _BY[best.support](p, sparsity, scope), best.block) for p in others]
     if best.block == "model":
-        more.append(by_thresholding(first, best, sparsity, scope))
-    for problem in others:
-        how = by_saliency if best.support == "saliency" else by_magnitude
-        again = how(problem, sparsity, scope)
-        more.append(again if best.block == "row" else jointly(problem, again))
+        more.append(by_thresholding(first, sparsity, scope, best))
     tried, losses = [*tried, *more], losses + [judge(solution.values) for solution in more]
     return tried[losses.index(min(losses))]

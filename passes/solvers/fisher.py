@@ -118,6 +118,11 @@ class Gradients:
             total.addmm_(flat, flat.T)
         return total
 
+    def diagonal(self) -> Tensor:
+        """Of the Fisher information ``G^T G / n``: float32 ``[O, K]``."""
+        parts = [self.rows(start, stop).square().mean(1) for start, stop in self._chunks()]
+        return torch.cat(parts)
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Gradients of some rows of the weight: float32 ``[stop - start, n, K]``, memory of its own."""
         if self.product is not None:

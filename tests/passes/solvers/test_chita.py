@@ -16,9 +16,9 @@ from compress.passes.solvers.chita import (
     _rows,
     back_solve,
     by_magnitude,
-    by_saliency,
+    by_obd,
+    by_obs,
     by_thresholding,
-    jointly,
     mean_diagonal,
     solve,
 )
@@ -159,11 +159,11 @@ def test_thresholding_is_never_worse_and_the_optimum_never_better(seed: int, kee
         for chosen in itertools.combinations(range(9), keep)
         for mask in [torch.zeros(9, dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)]
     )
-    start = jointly(problem, by_magnitude(problem, sparsity, "global"))
-    found = by_thresholding(problem, start, sparsity, "global")
-    greedy = by_saliency(problem, sparsity, "global", rounds=9 - keep)
+    start = by_magnitude(problem, sparsity, "global")
+    found = by_thresholding(problem, sparsity, "global", start)
+    greedy = by_obs(problem, sparsity, "global", rounds=9 - keep)
     assert problem.objective(found.values) <= problem.objective(start.values) * (1 + 1e-6)
-    for solution in (found, greedy):
+    for solution in (found, greedy, by_obd(problem, sparsity, "global")):
         assert int(sum((v != 0).sum() for v in solution.values)) == keep
         assert problem.objective(solution.values) >= best * (1 - 1e-3) - 1e-6
 
@@ -173,8 +173,9 @@ def test_saliency_is_optimal_where_weights_do_not_interact() -> None:
     h = torch.tensor([4.0, 1.0, 9.0, 0.25])
     gradients = (Gradients(product=(torch.diag(h.sqrt()) * 2).view(4, 2, 2)),)
     problem = Quadratic((torch.tensor([[0.6, 1.0], [0.5, 1.5]]),), gradients, 1e-6)
-    found = by_saliency(problem, 0.5, "global", rounds=1)
+    found = by_obs(problem, 0.5, "global", rounds=1)
     assert found.masks[0].tolist() == [[True, False], [True, False]]
+    assert by_obd(problem, 0.5, "global").masks[0].tolist() == [[True, False], [True, False]]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -194,14 +195,14 @@ def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None
     assert sum(removed) == round(0.6 * 83)
 
 
-@pytest.mark.parametrize("method", ["saliency", "magnitude", "thresholding"])
+@pytest.mark.parametrize("method", ["obs", "obd", "magnitude", "thresholding"])
 def test_solve_by_one_method(method: str) -> None:
     problem = example(8, 0, rows=7, columns=11)
     weights, gradients = problem.weights, problem.gradients
     found = solve(weights, gradients, 0.6, method=method, ridge=0.1)  # type: ignore[arg-type]
     assert sum(int((v == 0).sum()) for v in found.values) == round(0.6 * 83)
     assert found.support in (method, "magnitude")
-    assert found.block == ("row" if method == "saliency" else "model")
+    assert found.block == ("row" if method == "obs" else "model")
     with pytest.raises(ValueError, match="needs a judge"):
         solve(weights, gradients, 0.6)
 
@@ -223,5 +224,5 @@ def test_dead_inputs_are_removed_first() -> None:
     x[..., :3] = 0
     gradients = (Gradients(x, torch.ones(20, 1, 2)),)
     problem = Quadratic((torch.full((2, 6), 0.3),), gradients, 1e-3)
-    found = by_saliency(problem, 0.5, "global").masks[0]
+    found = by_obs(problem, 0.5, "global").masks[0]
     assert (found == torch.tensor([False] * 3 + [True] * 3)).all()
