@@ -1,9 +1,14 @@
-"""Magnitude pruning: the weights of least ``|w|`` go (Han et al. 2015; N:M as in Mishra et al. 2021).
+"""Pruning by score: the weights whose loss would cost least go, and the others take over what they did.
 
-Unstructured: exactly ``round(sparsity * n)`` weights are removed, over all targeted layers together
-(`scope: global`, which lets insensitive layers give more) or in each (`scope: layer`).
-N:M: of every M consecutive input channels N stay; for a convolution at each kernel position, which is
-the pattern sparse tensor cores read.
+Three choices, independent of one another:
+
+- `score`, what a weight is worth. Without data its magnitude ``|w|`` (Han et al. 2015); with data what the
+  layer's output would miss: Wanda, OBS (`compress.passes.solvers.scores`), or SparseGPT, which scores each
+  column anew once those before it are pruned (`compress.passes.solvers.sparsegpt`).
+- `ratios`, how much each layer keeps (`compress.passes.solvers.ratios`): by default the weights of all layers
+  are ranked together, which lets insensitive layers give more. Exactly ``round(sparsity * n)`` weights go.
+- `pattern`: single weights; N:M, of every M consecutive input channels N stay (Mishra et al. 2021); or whole
+  blocks. For convolutions at each kernel position, which is what sparse tensor cores read.
 
 Where there is calibration data the survivors are then refitted by least squares, layer after layer, so that
 they take over what the removed weights did (`compress.passes.solvers.refit`).
@@ -11,75 +16,137 @@ they take over what the removed weights did (`compress.passes.solvers.refit`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration import Statistics, output_error, sweep
-from compress.errors import CalibrationError
+from compress.calibration import Need, Statistics, output_error, sweep
+from compress.errors import CalibrationError, PassError
 from compress.graph import Graph, Site
-from compress.passes.solvers.masks import Scope, keep_largest_of, keep_n_of_m_channels, parse_pattern
+from compress.passes.solvers.masks import Pattern, Scope, channels_first, channels_last, parse_pattern
+from compress.passes.solvers.ratios import Ratios, kept
 from compress.passes.solvers.refit import refit_survivors
+from compress.passes.solvers.scores import Score, score
+from compress.passes.solvers.sparsegpt import sparsegpt
 from compress.pipeline import Change, Context, Note, Pass, PassResult
+
+PATTERNS = '"unstructured", "N:M" (N of M consecutive stay) or "block:RxC" (output x input channels)'
 
 
 class PruneMagnitude(Pass):
-    """Set the smallest weights to zero."""
+    """Set the weights of least score to zero."""
 
     name: ClassVar[str] = "prune_magnitude"
 
     sparsity: float | None = Field(
         None, ge=0, lt=1, description="fraction of the targeted parameters to remove; implied by N:M"
     )
-    pattern: str = Field("unstructured", description='"unstructured" or "N:M" (N of M consecutive stay)')
+    pattern: str = Field("unstructured", description=PATTERNS)
+    score: Literal["magnitude", "wanda", "obs", "sparsegpt"] = Field(
+        "magnitude", description="what ranks the weights; all but magnitude need calibration data"
+    )
     scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
-
+    ratios: Ratios | None = Field(
+        None, description="how much each layer keeps, in place of scope: global is global, layer is uniform"
+    )
     refit: bool = Field(True, description="refit the survivors by least squares, given calibration data")
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneMagnitude:
-        check_sparsity(self.pattern, self.sparsity)
+        pattern = check_sparsity(self.pattern, self.sparsity)
+        if pattern.m and self.ratios is not None:
+            raise ValueError(f"{self.pattern} is the same in every layer; leave ratios out")
+        if pattern.unit > 1 and self.score == "sparsegpt":
+            raise ValueError("sparsegpt prunes single weights or N:M; score blocks by obs")
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
+        if self.score != "magnitude":
+            check_data(self.name, context)
         notes: list[Note] = []
-        sites = prunable(self, graph, parse_pattern(self.pattern), notes)
-        masks = self._masks(graph, sites)
-        action = self.pattern if self.pattern != "unstructured" else f"pruned {self.scope}"
-        result, changes = pruned(graph, context, sites, masks, self.refit, action)
+        pattern = parse_pattern(self.pattern)
+        sites = prunable(self, graph, pattern, notes)
+        plain: Score = "obs" if self.score == "sparsegpt" else self.score
+        counts = dict.fromkeys(sites, 0)
+        if self.sparsity is not None and not pattern.m:
+            ratios = self.ratios or ("global" if self.scope == "global" else "uniform")
+            counts = counted(
+                self.name, graph, context, sites, pattern, self.sparsity, ratios,
+                lambda: scored(graph, context, sites, plain),
+            )  # fmt: skip
+
+        def choose(site: Site, weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+            if self.score == "sparsegpt" and statistics is not None:
+                return _by_sparsegpt(weight, statistics, pattern, counts[site.weight])
+            if self.score != "magnitude" and statistics is None:
+                notes.append(Note(site.name, "an embedding has no inputs to measure; ranked by magnitude"))
+            return weight, pattern.mask(_scores(plain, weight, statistics), counts[site.weight])
+
+        what = self.pattern if pattern.m or pattern.unit > 1 else f"pruned {self.ratios or self.scope}"
+        action = what if self.score == "magnitude" else f"{what} {self.score}"
+        result, changes = pruned(graph, context, sites, choose, self.refit, action, _NEEDS[plain])
         return PassResult(result, changes, tuple(notes))
 
-    def _masks(self, graph: Graph, sites: dict[str, Site]) -> dict[str, Tensor]:
-        n_m = parse_pattern(self.pattern)
-        if n_m is not None:
-            return {name: keep_n_of_m_channels(graph.weight(name).abs(), *n_m) for name in sites}
-        assert self.sparsity is not None
-        magnitudes = {name: graph.weight(name).abs().float() for name in sites}
-        masks_of_all = keep_largest_of(tuple(magnitudes.values()), self.sparsity, self.scope)
-        return dict(zip(magnitudes, masks_of_all, strict=True))
+
+_NEEDS: dict[Score, frozenset[Need]] = {
+    "magnitude": frozenset(),
+    "wanda": frozenset({"diag"}),
+    "obs": frozenset({"diag", "H"}),
+}
+
+
+def _scores(kind: Score, weight: Tensor, statistics: Statistics | None) -> Tensor:
+    """Scores of the shape of the weight; magnitudes where there are no statistics."""
+    matrix = weight.reshape(weight.shape[0], -1)
+    if statistics is None:
+        return score("magnitude", matrix).view(weight.shape)
+    return score(kind, matrix, diag=statistics.diag, H=statistics.H).view(weight.shape)
+
+
+def _by_sparsegpt(
+    weight: Tensor, statistics: Statistics, pattern: Pattern, keep: int
+) -> tuple[Tensor, Tensor]:
+    assert statistics.H is not None
+    # groups of a pattern are neighbours among the input channels
+    order = channels_last(torch.arange(statistics.H.shape[1]).view(1, *weight.shape[1:]))[0]
+    H = statistics.H[:, order][:, :, order]
+    found = sparsegpt(channels_last(weight), H, keep, n=pattern.n, m=pattern.m)
+    values, mask = (channels_first(t, weight.shape) for t in found)
+    return values, mask
 
 
 # -- for other passes too --------------------------------------------------------------------------
 
 
-def check_sparsity(pattern: str, sparsity: float | None) -> None:
-    """Raise ValueError where the two options contradict each other, or say too little."""
-    n_m = parse_pattern(pattern)
-    if n_m is None and sparsity is None:
-        raise ValueError("sparsity is required for the unstructured pattern, e.g. sparsity: 0.5")
-    if n_m is not None and sparsity not in (None, 1 - n_m[0] / n_m[1]):
-        raise ValueError(f"{pattern} means sparsity {1 - n_m[0] / n_m[1]}; leave sparsity out")
+def check_sparsity(text: str, sparsity: float | None) -> Pattern:
+    """The pattern; ValueError where the two options contradict each other, or say too little."""
+    pattern = parse_pattern(text)
+    if pattern.sparsity is None and sparsity is None:
+        raise ValueError(f"sparsity is required for the pattern {text}, e.g. sparsity: 0.5")
+    if pattern.sparsity is not None and sparsity not in (None, pattern.sparsity):
+        raise ValueError(f"{text} means sparsity {pattern.sparsity}; leave sparsity out")
+    return pattern
 
 
-def prunable(step: Pass, graph: Graph, n_m: tuple[int, int] | None, notes: list[Note]) -> dict[str, Site]:
+def check_data(name: str, context: Context) -> None:
+    """Raise CalibrationError if there is none."""
+    if context.calibration is None:
+        raise CalibrationError(
+            f"{name} has no calibration data to measure the inputs of the layers on",
+            expected="a few hundred samples",
+            fix="give calibration data, or rank by what needs none (score: magnitude, ratios: erk)",
+        )
+
+
+def prunable(step: Pass, graph: Graph, pattern: Pattern, notes: list[Note]) -> dict[str, Site]:
     """The first site of every weight a pass may prune, by weight, in the order they run.
 
     Args:
         step: its targets are taken.
-        n_m: input channels must be a multiple of M; None for any shape.
+        pattern: what a weight's shape must allow.
         notes: told why others are left alone.
     """
     chosen = {s.weight for s in step.select(graph)}
@@ -88,79 +155,107 @@ def prunable(step: Pass, graph: Graph, n_m: tuple[int, int] | None, notes: list[
         if site.weight in chosen:
             sites.setdefault(site.weight, site)
     for name, site in list(sites.items()):
-        reason = ""
-        channels = graph.shape(name)[1]
+        misfit = pattern.misfit(graph.shape(name))
+        reason = f"{misfit}; left dense" if misfit else ""
         if name in graph.encodings:
             # new values would undo the encoding
             reason = f"already {graph.encodings[name].encoding}; prune before quantizing"
-        elif n_m is not None and channels % n_m[1]:
-            reason = f"{channels} input channels are no multiple of {n_m[1]}; left dense"
         if reason:
             notes.append(Note(site.name, reason))
             del sites[name]
     return sites
 
 
+def scored(graph: Graph, context: Context, sites: dict[str, Site], kind: Score) -> tuple[Tensor, ...]:
+    """Scores of all weights in the graph as it is, in the order of `sites`, each of its weight's shape."""
+    found: dict[str, Tensor] = {}
+
+    def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
+        found[site.weight] = _scores(kind, weight, statistics)
+
+    _sweep(graph, context, sites, visit, _NEEDS[kind])
+    return tuple(found[weight] for weight in sites)
+
+
+def counted(
+    name: str,
+    graph: Graph,
+    context: Context,
+    sites: dict[str, Site],
+    pattern: Pattern,
+    sparsity: float,
+    ratios: Ratios,
+    scores: Callable[[], Sequence[Tensor]],
+) -> dict[str, int]:
+    """How many weights, or blocks of them, each layer keeps.
+
+    Args:
+        name: of the pass, for errors.
+        scores: of all weights, asked for where layers are ranked together.
+    """
+    ranked = None
+    if ratios == "owl":
+        check_data(name, context)
+        ranked = scored(graph, context, sites, "wanda")
+    elif ratios == "global":
+        ranked = tuple(pattern.ranked(s) for s in scores())
+    shapes = [graph.shape(weight) for weight in sites]
+    try:
+        counts = kept(shapes, sparsity, ratios, scores=ranked, unit=pattern.unit)
+    except ValueError as error:
+        raise PassError(f"{name}: {error}", fix="lower the sparsity, or choose other ratios") from error
+    return dict(zip(sites, counts, strict=True))
+
+
+Chooser = Callable[[Site, Tensor, Statistics | None], tuple[Tensor, Tensor]]
+"""(site, weight, statistics) -> values of the weights that stay if they are not refitted, mask of those."""
+
+
 def pruned(
     graph: Graph,
     context: Context,
     sites: dict[str, Site],
-    masks: Mapping[str, Tensor],
+    choose: Chooser,
     refit: bool,
     action: str,
+    needs: frozenset[Need] = frozenset(),
 ) -> tuple[Graph, tuple[Change, ...]]:
     """The graph with weights set to zero, and a row of the report for each.
 
     Args:
         sites: from `prunable`.
-        masks: bool, for each weight, True = keep.
+        choose: called at each site.
         refit: fit the survivors by least squares, where there is calibration data.
         action: for the report.
+        needs: statistics that `choose` wants.
     """
     changes: list[Change] = []
 
     def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:
-        mask = masks[site.weight]
+        values, mask = choose(site, old, statistics)
         if refit and statistics is not None and statistics.H is not None:
             matrix, kept = (t.reshape(t.shape[0], -1) for t in (old, mask))
             new = refit_survivors(matrix, kept, statistics.H).view_as(old).to(old.dtype)
         else:
-            new = torch.where(mask, old, torch.zeros((), dtype=old.dtype))
+            new = torch.where(mask, values, 0.0).to(old.dtype)
         changes.append(change(site, old, new, statistics, action))
         return new
 
-    targets = list(sites.values())
-    if not refit or context.calibration is None:
-        # nothing to learn from the data, so no forward pass
-        result = sweep(graph, targets, visit, progress=context.progress)
-    else:
-        result = context.sweep(graph, targets, visit, frozenset({"diag", "H"}))
+    result = _sweep(graph, context, sites, visit, needs | {"diag", "H"} if refit else needs)
     return result, tuple(changes)
 
 
-def input_weighted(name: str, graph: Graph, context: Context, sites: dict[str, Site]) -> tuple[Tensor, ...]:
-    """``|w| sqrt(E x^2)`` for every weight, in the order of `sites`.
-
-    Raises:
-        CalibrationError: there is no calibration data.
-    """
-    if context.calibration is None:
-        raise CalibrationError(
-            f"{name} has no calibration data to measure the inputs of the layers on",
-            expected="a few hundred samples",
-            fix="give calibration data, or choose other ratios",
-        )
-    found: dict[str, Tensor] = {}
-
-    def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
-        scores = weight.reshape(weight.shape[0], -1).abs().float()
-        if statistics is not None:
-            rms = statistics.diag.sqrt()
-            scores = (scores.view(len(rms), -1, rms.shape[1]) * rms.unsqueeze(1)).flatten(0, 1)
-        found[site.weight] = scores
-
-    context.sweep(graph, list(sites.values()), visit)
-    return tuple(found[weight] for weight in sites)
+def _sweep(
+    graph: Graph,
+    context: Context,
+    sites: dict[str, Site],
+    visit: Callable[[Site, Tensor, Statistics | None], Tensor | None],
+    needs: frozenset[Need],
+) -> Graph:
+    if not needs:
+        # nothing to learn from the data, so no forward pass
+        return sweep(graph, list(sites.values()), visit, progress=context.progress)
+    return context.sweep(graph, list(sites.values()), visit, needs)
 
 
 def change(site: Site, old: Tensor, new: Tensor, statistics: Statistics | None, action: str) -> Change:

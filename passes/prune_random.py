@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.errors import PassError
+from compress.calibration import Statistics
 from compress.graph import Graph, Site
-from compress.passes.prune_magnitude import check_sparsity, input_weighted, prunable, pruned
-from compress.passes.solvers.masks import keep_count, keep_n_of_m_channels, parse_pattern
-from compress.passes.solvers.ratios import Ratios, kept
+from compress.passes.prune_magnitude import PATTERNS, check_sparsity, counted, prunable, pruned
+from compress.passes.solvers.masks import parse_pattern
+from compress.passes.solvers.ratios import Ratios
 from compress.pipeline import Context, Note, Pass, PassResult
 
 
@@ -31,7 +31,7 @@ class PruneRandom(Pass):
         None, ge=0, lt=1, description="fraction of the targeted parameters to remove; implied by N:M"
     )
     ratios: Ratios = Field("erk", description="how much each layer keeps; not for N:M")
-    pattern: str = Field("unstructured", description='"unstructured" or "N:M" (N of M consecutive stay)')
+    pattern: str = Field("unstructured", description=PATTERNS)
     refit: bool = Field(True, description="refit the survivors by least squares, given calibration data")
 
     @model_validator(mode="after")
@@ -41,30 +41,23 @@ class PruneRandom(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         notes: list[Note] = []
-        sites = prunable(self, graph, parse_pattern(self.pattern), notes)
-        masks = self._masks(graph, context, sites)
-        action = f"random {self.ratios if self.pattern == 'unstructured' else self.pattern}"
-        result, changes = pruned(graph, context, sites, masks, self.refit, action)
-        return PassResult(result, changes, tuple(notes))
-
-    def _masks(self, graph: Graph, context: Context, sites: dict[str, Site]) -> dict[str, Tensor]:
+        pattern = parse_pattern(self.pattern)
+        sites = prunable(self, graph, pattern, notes)
         generator = torch.Generator().manual_seed(context.seed)
         # in double precision, for float32 has too few numbers for all places of a large weight to differ
         drawn = {
             name: torch.rand(graph.shape(name), generator=generator, dtype=torch.float64) for name in sites
         }
-        n_m = parse_pattern(self.pattern)
-        if n_m is not None:
-            return {name: keep_n_of_m_channels(scores, *n_m) for name, scores in drawn.items()}
-        assert self.sparsity is not None
-        scores = tuple(drawn.values())
-        if self.ratios == "owl":
-            scores = input_weighted(self.name, graph, context, sites)
-        shapes = [graph.shape(name) for name in sites]
-        try:
-            counts = kept(shapes, self.sparsity, self.ratios, scores=scores)
-        except ValueError as error:
-            raise PassError(
-                f"{self.name}: {error}", fix="lower the sparsity, or choose other ratios"
-            ) from error
-        return {n: keep_count(s, k) for (n, s), k in zip(drawn.items(), counts, strict=True)}
+        counts = dict.fromkeys(sites, 0)
+        if self.sparsity is not None and not pattern.m:
+            counts = counted(
+                self.name, graph, context, sites, pattern, self.sparsity, self.ratios,
+                lambda: tuple(drawn.values()),
+            )  # fmt: skip
+
+        def choose(site: Site, weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+            return weight, pattern.mask(drawn[site.weight], counts[site.weight])
+
+        action = f"random {self.pattern if pattern.m else self.ratios}"
+        result, changes = pruned(graph, context, sites, choose, self.refit, action)
+        return PassResult(result, changes, tuple(notes))

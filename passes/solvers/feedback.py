@@ -12,6 +12,7 @@ one matrix-vector product for each column, on contiguous memory because columns 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from compress.passes.solvers.grids import Grid
 
 _BLOCK = 64
+
+_DAMPINGS = 3
+"""Times the damping is raised, tenfold each, before giving up on a factorisation."""
 
 
 def round_with_feedback(
@@ -66,3 +70,37 @@ def damped(H: Tensor, damping: float) -> Tensor:
     result = H.clone()
     result.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
     return result
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``H + damping = U D U^T`` with U unit upper triangular, for each group.
+
+    Attributes:
+        feedback: ``U^T``, ``[groups, N, N]``, lower triangular with a unit diagonal.
+        diagonal: D, ``[groups, N]``: what is left of ``E x_t^2`` once the columns after t have made up for it
+            as far as they can.
+        damping: what it took, as a fraction of the mean of the diagonal.
+    """
+
+    feedback: Tensor
+    diagonal: Tensor
+    damping: float
+
+
+def factored(H: Tensor, damping: float) -> Factor | None:
+    """The factors of H; where it has none, damping is raised up to a thousandfold. None if H is not finite.
+
+    Args:
+        H: float ``[groups, N, N]``, positive semidefinite.
+        damping: added to the diagonal, as a fraction of its mean.
+    """
+    for attempt in range(_DAMPINGS + 1):
+        used = damping * 10**attempt
+        # the Cholesky factor of the reversed matrix, reversed back, is upper triangular
+        lower, info = torch.linalg.cholesky_ex(damped(H, used).flip(1, 2))
+        if not bool(info.any()) and bool(lower.isfinite().all()):
+            root = lower.diagonal(dim1=1, dim2=2)
+            feedback = (lower / root.unsqueeze(1)).flip(1, 2).mT.contiguous()
+            return Factor(feedback, root.square().flip(1), used)
+    return None

@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from compress.passes.solvers.descent import coordinate_descent
-from compress.passes.solvers.feedback import damped, descending, round_with_feedback
+from compress.passes.solvers.feedback import descending, factored, round_with_feedback
 from compress.passes.solvers.grids import Grid, columns_of, rows_of
-
-_DAMPINGS = 3
-"""Times the damping is raised, tenfold each, before giving up on a factorisation."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +54,15 @@ def gptq(weight: Tensor, H: Tensor, grid: Grid, *, damping: float = 0.01, act_or
     w = columns_of(weight.to(H.dtype), H.shape[0])
     order = descending(H) if act_order else torch.arange(H.shape[1])
     steps: list[int] = order.tolist()
-    found = _feedback(H[:, order][:, :, order], damping)
-    if found is None:
+    factor = factored(H[:, order][:, :, order], damping)
+    if factor is None:
         start = torch.stack([grid.nearest(w[:, t], t) for t in range(len(steps))], 1)
         values, note = rows_of(start), "H is not finite; rounded to nearest"
         if bool(H.isfinite().all()):
             values = coordinate_descent(weight, values, H, grid)
             note = "H could not be factorised; coordinate descent instead of GPTQ"
         return Solution(values, None, note)
-    feedback, used = found
     w = w[:, order]
-    values = round_with_feedback(w, w, feedback, grid, steps)
-    note = f"damping raised to {used:g}" if used > damping else ""
-    return Solution(rows_of(values[:, torch.argsort(order)]), used, note)
-
-
-def _feedback(H: Tensor, damping: float) -> tuple[Tensor, float] | None:
-    """U^T, lower triangular with a unit diagonal, and the damping it took."""
-    for attempt in range(_DAMPINGS + 1):
-        used = damping * 10**attempt
-        # the Cholesky factor of the reversed matrix, reversed back, is upper triangular
-        lower, info = torch.linalg.cholesky_ex(damped(H, used).flip(1, 2))
-        if not bool(info.any()) and bool(lower.isfinite().all()):
-            unit = lower / lower.diagonal(dim1=1, dim2=2).unsqueeze(1)
-            return unit.flip(1, 2).mT.contiguous(), used
-    return None
+    values = round_with_feedback(w, w, factor.feedback, grid, steps)
+    note = f"damping raised to {factor.damping:g}" if factor.damping > damping else ""
+    return Solution(rows_of(values[:, torch.argsort(order)]), factor.damping, note)

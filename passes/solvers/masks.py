@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -75,21 +76,99 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     return mask.flatten(-2)
 
 
-def keep_n_of_m_channels(scores: Tensor, n: int, m: int) -> Tensor:
-    """`keep_n_of_m` along the input channels, the second axis of a weight ``[O, I, *kernel]``."""
-    # channels last, so that the M entries of a group are neighbours
-    return keep_n_of_m(scores.movedim(1, -1), n, m).movedim(-1, 1)
+@dataclass(frozen=True)
+class Pattern:
+    """Which sets of zeros a weight ``[O, I, *kernel]`` may have.
+
+    Input channels are what sparse kernels take as neighbours; for a convolution, at each kernel position.
+
+    Attributes:
+        n, m: of every `m` consecutive input channels exactly `n` stay; 0 where that is not asked for.
+        rows, columns: blocks of so many output by input channels stay or go whole; 1 x 1 is unstructured.
+    """
+
+    n: int = 0
+    m: int = 0
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of zeros, where the pattern fixes it."""
+        return 1 - self.n / self.m if self.m else None
+
+    @property
+    def unit(self) -> int:
+        """Weights that go together."""
+        return self.rows * self.columns
+
+    def misfit(self, shape: Sequence[int]) -> str:
+        """Why a weight cannot have this pattern; empty if it can."""
+        if self.m and shape[1] % self.m:
+            return f"{shape[1]} input channels are no multiple of {self.m}"
+        if shape[0] % self.rows or shape[1] % self.columns:
+            return f"{shape[0]} x {shape[1]} channels are no multiple of {self.rows}x{self.columns}"
+        return ""
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        """Scores of what stays or goes whole: of weights, or of blocks, the root of the sum of squares.
+
+        Args:
+            scores: float ``[O, I, *kernel]``, not negative.
+
+        Returns:
+            any shape.
+        """
+        if self.unit == 1:
+            return scores
+        blocks = channels_last(scores).unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+        # the squares of very small numbers do not fit float32
+        return blocks.double().square().sum((1, 3)).sqrt().to(scores.dtype)
+
+    def mask(self, scores: Tensor, keep: int) -> Tensor:
+        """What stays, by rank.
+
+        Args:
+            scores: as for `ranked`.
+            keep: number of weights, or blocks of them; N:M has its own.
+
+        Returns:
+            bool of the shape of `scores`, True = keep.
+        """
+        if self.m:
+            # channels last, so that the M entries of a group are neighbours
+            return keep_n_of_m(scores.movedim(1, -1), self.n, self.m).movedim(-1, 1)
+        kept = keep_count(self.ranked(scores), keep)
+        if self.unit == 1:
+            return kept
+        whole = kept.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return channels_first(whole, scores.shape)
 
 
-def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """``"unstructured"`` -> None, ``"N:M"`` -> (N, M) where N of M stay.
+def channels_last(weight: Tensor) -> Tensor:
+    """``[O, I, *kernel]`` as the matrix ``[O, *kernel * I]``: input channels are neighbours."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+def channels_first(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `channels_last`, to a weight of this shape."""
+    rows, channels, *kernel = shape
+    return matrix.reshape(rows, *kernel, channels).movedim(-1, 1)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """``"unstructured"``, ``"N:M"`` (N of M stay) or ``"block:RxC"``.
 
     Raises:
         ValueError: anything else.
     """
-    if pattern == "unstructured":
-        return None
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(f'pattern {pattern!r} is neither "unstructured" nor "N:M" with N < M, such as "2:4"')
-    return int(found[1]), int(found[2])
+    if text == "unstructured":
+        return Pattern()
+    if (found := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(found[1]) < int(found[2]):
+        return Pattern(n=int(found[1]), m=int(found[2]))
+    if (found := re.fullmatch(r"block:(\d+)x(\d+)", text)) and int(found[1]) and int(found[2]):
+        return Pattern(rows=int(found[1]), columns=int(found[2]))
+    raise ValueError(
+        f'pattern {text!r} is neither "unstructured" nor "N:M" with N < M, such as "2:4", '
+        'nor "block:RxC", such as "block:1x4"'
+    )

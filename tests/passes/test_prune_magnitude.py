@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import compress
-from compress.errors import PassError
+from compress.data import load_calibration
+from compress.errors import CalibrationError, PassError
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.pipeline import Context
@@ -70,10 +71,93 @@ def test_patterns_that_match_nothing_are_errors(options: dict[str, object], mess
         prune("convnet", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"sparsity": 1.5}, {"pattern": "2:4", "sparsity": 0.9}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sparsity": 1.5},
+        {"pattern": "2:4", "sparsity": 0.9},
+        {"pattern": "block:1x4"},
+        {"pattern": "2:4", "ratios": "erk"},
+        {"pattern": "block:1x4", "sparsity": 0.5, "score": "sparsegpt"},
+    ],
+)
 def test_inconsistent_options_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="sparsity"):
+    with pytest.raises(ValueError, match=r"sparsity|leave ratios out|score blocks"):
         PruneMagnitude(**options)  # type: ignore[arg-type]
+
+
+def run(name: str, **options: object) -> tuple[compress.Graph, compress.PassResult]:
+    graph = compress.capture(make(name), MODELS[name].inputs(2))
+    data = load_calibration([MODELS[name].inputs(16)], inputs=graph.inputs)
+    return graph, PruneMagnitude(**options).apply(graph, Context(graph, data))  # type: ignore[arg-type]
+
+
+SCORES = ("magnitude", "wanda", "obs", "sparsegpt")
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("ratios", [None, "erk", "owl"])
+def test_every_score_removes_the_exact_number(score: str, ratios: str | None) -> None:
+    graph, result = run("convnet", sparsity=0.6, score=score, ratios=ratios, refit=False)
+    names = {s.weight for s in graph.sites()}
+    new = torch.cat([result.graph.weight(n).flatten() for n in names])
+    assert int((new == 0).sum()) == round(0.6 * new.numel())
+    assert {c.weight for c in result.changes} == names
+    assert all(score == "magnitude" or c.action.endswith(score) for c in result.changes)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("refit", [True, False])
+def test_two_of_four_by_every_score(score: str, refit: bool) -> None:
+    _, result = run("convnet", pattern="2:4", score=score, refit=refit)
+    assert {c.weight for c in result.changes} == {"grouped.weight", "fc1.weight", "fc2.weight"}
+    for change in result.changes:
+        kept = (result.graph.weight(change.weight).movedim(1, -1) != 0).unflatten(-1, (-1, 4)).sum(-1)
+        assert (kept <= 2).all()
+        assert change.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_blocks_over_the_whole_model() -> None:
+    graph, result = prune("convnet", sparsity=0.5, pattern="block:4x2")
+    changed = {c.weight for c in result.changes}
+    assert changed == {"grouped.weight", "fc1.weight", "fc2.weight"} - {
+        n for n in ("fc2.weight",) if graph.shape(n)[0] % 4
+    }
+    blocks = zeros = 0
+    for name in changed:
+        matrix = result.graph.weight(name).movedim(1, -1).flatten(1) == 0
+        found = matrix.unflatten(1, (-1, 2)).unflatten(0, (-1, 4)).movedim(2, 1).flatten(2).sum(-1)
+        assert set(found.unique().tolist()) <= {0, 8}
+        blocks, zeros = blocks + found.numel(), zeros + int((found == 8).sum())
+    assert zeros == round(0.5 * blocks)
+    assert any("no multiple of 4x2" in n.reason for n in result.notes)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:1x4"])
+def test_what_data_says_beats_magnitude(pattern: str) -> None:
+    module, batches = make("encoder"), [MODELS["encoder"].inputs(32)]
+    with torch.no_grad():
+        wanted = module(*batches[0])["hidden"]
+    errors = {}
+    for score in ("magnitude", "obs"):
+        step = PruneMagnitude(
+            pattern=pattern, sparsity=None if pattern == "2:4" else 0.6, scope="layer", score=score
+        )  # type: ignore[arg-type]
+        result = compress.run(module, [step], inputs=MODELS["encoder"].specs, calibration=batches)
+        errors[score] = float((result.graph.run(batches[0])[0] - wanted).norm())
+    assert errors["obs"] < errors["magnitude"]
+
+
+def test_data_is_asked_for_where_it_is_needed() -> None:
+    for options in ({"score": "obs", "pattern": "2:4"}, {"ratios": "owl", "sparsity": 0.5}):
+        with pytest.raises(CalibrationError, match="no calibration data"):
+            prune("convnet", **options)
+
+
+def test_embeddings_are_ranked_by_magnitude() -> None:
+    _, result = run("tied_lm", sparsity=0.5, score="wanda", targets=("embedding", "linear"))
+    assert any("ranked by magnitude" in n.reason for n in result.notes)
 
 
 def test_refit_keeps_the_mask_and_lowers_the_output_error() -> None:
