@@ -9,6 +9,7 @@ from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
+from compress.passes.recover import Recover
 from compress.passes.smooth import Smooth
 from compress.pipeline import Pass
 
@@ -20,5 +21,6 @@ PASSES: dict[str, type[Pass]] = {
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,
     "quantize_weights": QuantizeWeights,
+    "recover": Recover,
     "smooth": Smooth,
 }
