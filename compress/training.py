@@ -5,7 +5,10 @@ whatever made it. Codes of encoded weights stay; their scales are trained by fac
 which keeps their signs and makes a step of any optimizer relative to the scale. Tied weights are one tensor.
 Half-precision weights are trained as float32 and rounded where they are used.
 
-The graph is in eval form, as captured: batch normalisation uses its running statistics, dropout is off.
+Dropout is off, as captured. Batch normalisation that is still in the graph keeps its running statistics, or
+(`batch_norm: train`) uses those of each batch and updates the running ones, by which it is judged. Heavy
+pruning shifts what a layer reads, and with frozen statistics a network does not follow; slight damage is
+repaired better without the noise of batches.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 from compress.data import Batch, CalibrationData
 from compress.errors import CalibrationError, PassError
 from compress.gradients import fits, target_output
-from compress.graph import Graph, Site
+from compress.graph import Graph, Site, argument
 from compress.progress import Progress, Silent
 from compress.sensitivity import logits
 from compress.statistics import HELD_OUT_EVERY
@@ -30,6 +33,7 @@ from compress.statistics import HELD_OUT_EVERY
 Loss = Callable[[Sequence[Any], Sequence[Any], Tensor | None], Tensor]
 """(flat outputs, flat outputs of the reference, labels or None) -> what to minimise, a scalar."""
 Optimizer = Literal["adam", "sgd"]
+BatchNorm = Literal["frozen", "train"]
 Augmentation = Literal["crop", "flip"]
 
 _HELD_OUT = 512
@@ -69,13 +73,17 @@ class Trainee:
     """A graph with tensors to optimise.
 
     Attributes:
-        graph: runs with the current values.
+        graph: in eval form, with the current values.
         variables: leaf tensors by name, for an optimizer.
         masks: bool by name, True = stays zero; only of weights that hold zeros.
     """
 
-    def __init__(self, graph: Graph, names: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, names: Sequence[str], batch_norm: BatchNorm = "frozen") -> None:
         self.graph = graph.copy()
+        self.statistics = running_statistics(graph) if batch_norm == "train" else ()
+        # training overwrites them
+        self.graph.tensors.update({name: graph.tensors[name].clone() for name in self.statistics})
+        self.training = _training_form(self.graph) if self.statistics else self.graph
         self.start = {name: graph.tensors[name] for name in names}
         scales = {f"{name}.scales" for name in graph.encodings}
         self.factors = scales & set(names)
@@ -94,7 +102,9 @@ class Trainee:
         """Flat outputs with the current values."""
         with torch.set_grad_enabled(grad):
             self.graph.tensors.update({name: self.value(name) for name in self.variables})
-        return self.graph.run(inputs, grad=grad)
+        # a single sample has no spread
+        form = self.training if grad and len(inputs[0]) > 1 else self.graph
+        return form.run(inputs, grad=grad)
 
     def value(self, name: str) -> Tensor:
         """The tensor as the graph reads it."""
@@ -123,7 +133,30 @@ class Trainee:
     def values(self) -> dict[str, Tensor]:
         """Copies of all tensors as the graph reads them."""
         with torch.no_grad():
-            return {name: self.value(name).clone() for name in self.variables}
+            trained = {name: self.value(name).clone() for name in self.variables}
+        return trained | {name: self.graph.tensors[name].clone() for name in self.statistics}
+
+
+def _training_form(graph: Graph) -> Graph:
+    """The graph with batch normalisation on statistics of the batch; the tensors are not copied."""
+    training = graph.copy()
+    training.tensors = graph.tensors
+    for node in training.ops.nodes:
+        if _statistics(node):
+            node.update_arg(5, True)
+    return training
+
+
+def running_statistics(graph: Graph) -> tuple[str, ...]:
+    """Names of the means and variances of batch normalisation: what training changes besides `trainable`."""
+    return tuple(dict.fromkeys(name for node in graph.ops.nodes for name in _statistics(node)))
+
+
+def _statistics(node: fx.Node) -> list[str]:
+    if node.target is not torch.ops.aten.batch_norm.default:
+        return []
+    read = [argument(node, name, None) for name in ("running_mean", "running_var")]
+    return [str(n.target) for n in read if isinstance(n, fx.Node) and n.op == "get_attr"]
 
 
 # -- samples -----------------------------------------------------------------------------------------
@@ -269,6 +302,7 @@ class Plan:
         learning_rate: at the start; it falls to zero along a cosine (Loshchilov & Hutter 2017).
         optimizer: "adam", or "sgd" with Nesterov momentum 0.9.
         augment: what is done to images by chance, each time they are seen.
+        batch_norm: which statistics it uses in training: its running ones, or those of the batch.
         seed: of order and augmentation.
     """
 
@@ -277,6 +311,7 @@ class Plan:
     learning_rate: float
     optimizer: Optimizer = "adam"
     augment: tuple[Augmentation, ...] = ()
+    batch_norm: BatchNorm = "frozen"
     seed: int = 0
 
 
@@ -323,7 +358,7 @@ def fit(
     Raises:
         PassError: the loss is not finite at the start, or does not depend on what is trained.
     """
-    trainee, steps_done = Trainee(graph, names), 0
+    trainee = Trainee(graph, names, plan.batch_norm)
     samples = Samples(graph, list(data))
     training, held = samples.split()
     generator = torch.Generator().manual_seed(plan.seed)
@@ -346,18 +381,18 @@ def fit(
     before = math.nan
     progress = progress or Silent()
     order = torch.empty(0, dtype=torch.long)
-    for steps_done in range(total + 1):
-        final = prune is None or prune(trainee, steps_done, total)
-        if final and (best is None or steps_done % look == 0 or steps_done == total):
+    for step in range(total + 1):
+        final = prune is None or prune(trainee, step, total)
+        if final and (best is None or step % look == 0 or step == total):
             now = held_out_loss()
-            progress.step(f"step {steps_done} of {total}: held-out loss {now:.4g}")
+            progress.step(f"step {step} of {total}: held-out loss {now:.4g}")
             if best is None:
                 before = now
                 if not math.isfinite(now):
                     raise PassError(f"the loss is {now} before training", expected="a finite number")
             if best is None or now < best[0]:
-                best = (now, steps_done, trainee.values())
-        if steps_done == total:
+                best = (now, step, trainee.values())
+        if step == total:
             break
         if len(order) < size:
             order = training[torch.randperm(len(training), generator=generator)]

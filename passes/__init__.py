@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.passes.cleanup import Cleanup
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.prune_chita import PruneChita
+from compress.passes.prune_gradual import PruneGradual
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
@@ -17,6 +18,7 @@ PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "mixed_precision": MixedPrecision,
     "prune_chita": PruneChita,
+    "prune_gradual": PruneGradual,
     "prune_magnitude": PruneMagnitude,
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,

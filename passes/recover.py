@@ -23,6 +23,7 @@ from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import logits
 from compress.training import (
     Augmentation,
+    BatchNorm,
     Fitted,
     Loss,
     Optimizer,
@@ -32,6 +33,7 @@ from compress.training import (
     kl_loss,
     label_loss,
     mse_loss,
+    running_statistics,
     trainable,
 )
 
@@ -60,23 +62,30 @@ class Recover(Pass):
         (), description="crop: images are moved by up to an eighth, flip: mirrored, by chance"
     )
 
+    batch_norm: BatchNorm = Field(
+        "frozen",
+        description="train: where it has not been folded yet, use the statistics of each batch and update "
+        "the running ones; helps after heavy pruning",
+    )
+
     @field_serializer("loss")
     def _named(self, loss: Any) -> str:
         return loss if isinstance(loss, str) else f"{loss.__module__}:{loss.__qualname__}"
 
     def may_change(self, graph: Graph) -> set[str]:
         scales = {f"{name}.scales": name for name in graph.encodings}
-        return {scales.get(name, name) for name in trainable(graph, self.select(graph))}
+        statistics = running_statistics(graph) if self.batch_norm == "train" else ()
+        names = (*trainable(graph, self.select(graph)), *statistics)
+        return {scales.get(name, name) for name in names}
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         fitted = self._fit(graph, context)
+        return PassResult(fitted.graph, tuple(self._changes(graph, fitted.graph)), (self._told(fitted),))
+
+    def _told(self, fitted: Fitted) -> Note:
         total, kept = fitted.steps
-        told = Note(
-            "all",
-            f"held-out loss {fitted.before:.4g} before, {fitted.after:.4g} after; "
-            f"weights of step {kept} of {total} kept",
-        )
-        return PassResult(fitted.graph, tuple(self._changes(graph, fitted.graph)), (told,))
+        losses = f"held-out loss {fitted.before:.4g} before, {fitted.after:.4g} after"
+        return Note("all", f"{losses}; weights of step {kept} of {total} kept")
 
     def _fit(
         self, graph: Graph, context: Context, prune: Callable[[Trainee, int, int], bool] | None = None
@@ -88,7 +97,13 @@ class Recover(Pass):
                 fix="give calibration data",
             )
         plan = Plan(
-            self.epochs, self.batch_size, self.learning_rate, self.optimizer, self.augment, context.seed
+            self.epochs,
+            self.batch_size,
+            self.learning_rate,
+            self.optimizer,
+            self.augment,
+            self.batch_norm,
+            context.seed,
         )
         names = trainable(graph, self.select(graph))
         return fit(

@@ -12,8 +12,8 @@ from compress.activations import Grid, fake_quantize, fake_quantize_dynamic
 from compress.codebook import CodebookEncoding, encode_codebook
 from compress.data import Batch, load_calibration
 from compress.encoding import Encoded, IntEncoding, encode
-from compress.testing import MODELS, make
-from compress.training import Plan, Samples, Trainee, augmented, fit, mse_loss, trainable
+from compress.testing import MODELS, assert_close, make
+from compress.training import Plan, Samples, Trainee, augmented, fit, mse_loss, running_statistics, trainable
 
 
 def encoded(kind: str, rows: int, columns: int, group: int, bits: int, seed: int) -> Encoded:
@@ -70,6 +70,26 @@ def test_the_trainable_tensors() -> None:
     names = trainable(graph, sites)
     assert {"conv1.weight", "depthwise.bias", "bn1.weight", "bn3.bias", "fc1.weight"} <= set(names)
     assert not {"fc2.weight", "fc2.bias", "bn1.running_mean", "bn1.running_var"} & set(names)
+    assert running_statistics(graph) == tuple(
+        f"{bn}.running_{what}" for bn in ("bn1", "bn2", "bn3") for what in ("mean", "var")
+    )
+
+
+def test_batch_norm_is_trained_on_batches_and_judged_by_running_statistics() -> None:
+    model = make("convnet")
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    x = MODELS["convnet"].inputs(16)[0]
+    trainee = Trainee(graph, trainable(graph, graph.sites()), "train")
+    assert_close(model(x), trainee.run([x], grad=False)[0], db=100)
+    one = trainee.run([x[:1]])[0]
+    assert_close(model(x[:1]), one.detach(), db=100)  # of a single sample there are no statistics
+    for norm in (model.bn1, model.bn2, model.bn3):
+        norm.train()
+    wanted = model(x)
+    assert_close(wanted, trainee.run([x])[0].detach(), db=100)
+    assert_close(model.bn2.running_var, trainee.values()["bn2.running_var"], db=100)
+    assert_close(model.eval()(x), trainee.run([x], grad=False)[0], db=100)
+    assert not torch.equal(graph.tensors["bn2.running_var"], trainee.values()["bn2.running_var"])
 
 
 def test_masks_hold_after_every_step_of_every_optimizer() -> None:
