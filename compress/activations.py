@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +148,25 @@ def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
 @fake_quantize_dynamic.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+# -- gradients: rounding passes them straight through (Bengio et al. 2013, section 4), clipping stops them ---
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
+    x, scale, zero_point = inputs
+    grid = Grid(scale, zero_point)
+    ctx.save_for_backward((x >= grid.low) & (x <= grid.high))
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (within,) = ctx.saved_tensors
+    return gradient * within, None, None
+
+
+fake_quantize.register_autograd(_straight_through, setup_context=_keep)
+# the range is that of the values, so none is clipped
+fake_quantize_dynamic.register_autograd(lambda ctx, gradient: gradient)
 
 
 STATIC = torch.ops.compress.fake_quantize.default

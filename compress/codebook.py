@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from compress.encoding import GROUP_SIZES, Encoded, pack, unpack
+from compress.encoding import GROUP_SIZES, Encoded, pack, sum_groups, unpack
 from compress.errors import PassError
 
 Table = Literal["nf4", "kmeans", "power"]
@@ -165,3 +165,17 @@ def dequantize_codebook(
 @dequantize_codebook.register_fake
 def _(codes: Tensor, table: Tensor, scales: Tensor, bits: int, group_size: int, shape: list[int]) -> Tensor:
     return scales.new_empty(shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes, table, scales, *ctx.layout = inputs
+    ctx.save_for_backward(codes, table, scales)
+
+
+def _scale_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, table, scales = ctx.saved_tensors
+    units = dequantize_codebook(codes, table, torch.ones_like(scales), *ctx.layout)
+    return None, None, sum_groups(gradient * units, ctx.layout[1], scales.shape[1]), None, None, None
+
+
+dequantize_codebook.register_autograd(_scale_gradient, setup_context=_keep)

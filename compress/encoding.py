@@ -288,3 +288,25 @@ def _(
     codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int, shape: list[int]
 ) -> Tensor:
     return scales.new_empty(shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes, scales, zero_points, *ctx.layout = inputs
+    ctx.save_for_backward(codes, scales, zero_points)
+
+
+def _scale_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scales, zero_points = ctx.saved_tensors
+    # the weight is linear in the scales, so what scales of one decode to is its derivative
+    units = dequantize(codes, torch.ones_like(scales), zero_points, *ctx.layout)
+    return None, sum_groups(gradient * units, ctx.layout[1], scales.shape[1]), None, None, None, None
+
+
+dequantize.register_autograd(_scale_gradient, setup_context=_keep)
+
+
+def sum_groups(values: Tensor, group_size: int, groups: int) -> Tensor:
+    """Sums over the columns that share a scale: ``[O, ...]`` -> ``[O, groups]``."""
+    rows = values.flatten(1)
+    padded = torch.nn.functional.pad(rows, (0, groups * group_size - rows.shape[1]))
+    return padded.unflatten(1, (groups, group_size)).sum(-1)

@@ -8,7 +8,7 @@ Nothing of the size samples x parameters is made here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.errors import PassError
-from compress.graph import Graph, Site, has_effect, last_uses
+from compress.graph import Graph, Site, has_effect
 from compress.sensitivity import logits
 from compress.statistics import Geometry, columns_of
 
@@ -92,22 +92,27 @@ def site_gradients(
     Raises:
         PassError: the model has no logits, or a layer mixes samples.
     """
-    nodes = {site.node: site for site in sites}
+    sources = {site.node: graph.node(site.node).all_input_nodes[0].name for site in sites}
+    read_by_sites = set(sources.values())
+    seen: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
     slack: dict[str, Tensor] = {}
     copies = any(has_effect(node) for node in graph.ops.nodes)
 
-    def at_site(node: fx.Node, values: Mapping[fx.Node, Any], output: Tensor) -> Tensor:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        x = values[source].detach()
-        read[node.name] = x.clone() if copies else x
-        # the gradient with respect to these zeros is that of the output, which may be changed in place later
-        slack[node.name] = torch.zeros_like(output, requires_grad=True)
-        return output + slack[node.name]
+    def settle(node: fx.Node, value: Any) -> Any:
+        if node.name in sources:
+            x = seen[sources[node.name]]
+            read[node.name] = x.clone() if copies else x
+            # the gradient with respect to these zeros is that of the output, which may be overwritten later
+            slack[node.name] = torch.zeros_like(value, requires_grad=True)
+            value = value + slack[node.name]
+        if node.name in read_by_sites:
+            seen[node.name] = value.detach()
+        return value
 
     with torch.enable_grad():
-        scores = _run(graph, inputs, nodes, at_site)[target_output(graph)].float()
+        scores = graph.run(inputs, settle, grad=True)[target_output(graph)].float()
+        seen.clear()
         rows = scores.reshape(-1, scores.shape[-1])
         if labels is not None and fits(labels, len(scores), scores):
             classes, scale = labels.flatten(), 1.0
@@ -125,28 +130,6 @@ def site_gradients(
         # an output that no loss depends on
         delta = zeros.detach() if gradient is None else gradient
         yield site, _factors(graph, site, read.pop(site.node), delta.float(), samples)
-
-
-def _run(graph: Graph, inputs: Sequence[Tensor], nodes: Mapping[str, Site], at_site: Any) -> list[Any]:
-    """`Graph.run` with gradients."""
-    values: dict[fx.Node, Any] = {}
-    last_use, feed = last_uses(graph.ops), iter(inputs)
-    for node in graph.ops.nodes:
-        if node.op == "output":
-            return list(fx.node.map_arg(node.args[0], lambda n: values[n]))
-        if node.op == "placeholder":
-            values[node] = next(feed)
-        elif node.op == "get_attr":
-            values[node] = graph.evaluate(node, values)
-        else:
-            args = fx.node.map_arg(node.args, lambda n: values[n])
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
-            assert callable(node.target)
-            output = node.target(*args, **kwargs)
-            values[node] = at_site(node, values, output) if node.name in nodes else output
-        for dead in last_use.get(node, ()):
-            del values[dead]
-    raise AssertionError("a graph ends in an output node")
 
 
 def _factors(graph: Graph, site: Site, x: Tensor, delta: Tensor, samples: int) -> SiteGradient:

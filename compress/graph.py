@@ -324,12 +324,19 @@ class Graph:
             )
         return flat
 
-    def run(self, inputs: Sequence[Any], settle: Callable[[fx.Node, Any], Any] | None = None) -> list[Any]:
+    def run(
+        self,
+        inputs: Sequence[Any],
+        settle: Callable[[fx.Node, Any], Any] | None = None,
+        *,
+        grad: bool = False,
+    ) -> list[Any]:
         """Run on flat inputs, freeing every value after its last use; returns flat outputs.
 
         Args:
             inputs: in the order of `self.inputs`.
             settle: given every node and its value, says which value to go on with.
+            grad: record what autograd needs, for tensors that require gradients.
         """
         values: dict[fx.Node, Any] = {}
         last_use = last_uses(self.ops)
@@ -337,7 +344,7 @@ class Graph:
         for node in self.ops.nodes:
             if node.op == "output":
                 return list(fx.node.map_arg(node.args[0], lambda n: values[n]))
-            values[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, values)
+            values[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, values, grad=grad)
             if settle is not None:
                 values[node] = settle(node, values[node])
             for dead in last_use.get(node, ()):
@@ -349,15 +356,15 @@ class Graph:
         pairs = zip(self.output_names, outputs, strict=True)
         return [torch.as_tensor(value) for name, value in pairs if name is not None]
 
-    def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """Compute one node from the values of its arguments."""
+    def evaluate(self, node: fx.Node, values: Mapping[fx.Node, Any], *, grad: bool = False) -> Any:
+        """Compute one node from the values of its arguments; `grad` as for `run`."""
         if node.op == "get_attr":
             target = str(node.target)
             return self.tensors[target] if target in self.tensors else self.submodules[target]
         args = fx.node.map_arg(node.args, lambda n: values[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
         assert callable(node.target)
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             return node.target(*args, **kwargs)
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:

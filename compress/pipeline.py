@@ -144,14 +144,18 @@ class Pass(BaseModel):
         if not same or any(graph.tensors[k] is not v for k, v in before.items()):
             raise PassError(f"pass {self.name} changed the graph it was given", expected="a new graph")
         if not self.exact:
-            chosen = self.select(graph)
-            allowed = {s.weight for s in chosen} | {name for s in chosen if (name := graph.bias(s))}
+            allowed = self.may_change(graph)
             for name, tensor in before.items():
                 owner = _owner(name, graph)
                 if owner not in allowed and result.graph.tensors.get(name) is not tensor:
                     raise PassError(f"pass {self.name} changed {owner}, which is not among its targets")
         _check_runs(self.name, graph, result.graph)
         return result
+
+    def may_change(self, graph: Graph) -> set[str]:
+        """Names of the tensors this pass may change: weights of its sites, and their biases."""
+        chosen = self.select(graph)
+        return {s.weight for s in chosen} | {name for s in chosen if (name := graph.bias(s))}
 
     def select(self, graph: Graph) -> list[Site]:
         """Sites that `targets` names and `ignore` does not.

@@ -121,6 +121,19 @@ passes:
   - pass: prune_magnitude
     sparsity: 0.5
 """,
+    "sparse90": """
+metadata:
+  name: sparse90
+  description: >-
+    Nine of ten weights set to zero, gradually, while the model is trained towards its own outputs on your
+    samples; give it thousands. For photographs add `augment: [crop, flip]`.
+passes:
+  - pass: prune_gradual
+    sparsity: 0.9
+    epochs: 50
+    learning_rate: 0.002
+  - pass: cleanup
+""",
 }
 
 RECIPES: dict[str, Recipe] = {name: Recipe.from_yaml(text, f"recipe {name}") for name, text in _TEXTS.items()}

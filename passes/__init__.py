@@ -5,11 +5,13 @@ from __future__ import annotations
 from compress.passes.cleanup import Cleanup
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.prune_chita import PruneChita
+from compress.passes.prune_gradual import PruneGradual
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.prune_random import PruneRandom
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
+from compress.passes.recover import Recover
 from compress.passes.smooth import Smooth
 from compress.pipeline import Pass
 
@@ -17,10 +19,12 @@ PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "mixed_precision": MixedPrecision,
     "prune_chita": PruneChita,
+    "prune_gradual": PruneGradual,
     "prune_magnitude": PruneMagnitude,
     "prune_random": PruneRandom,
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,
     "quantize_weights": QuantizeWeights,
+    "recover": Recover,
     "smooth": Smooth,
 }

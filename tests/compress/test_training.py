@@ -1,0 +1,154 @@
+"""Gradients of encoded weights against slow ones, augmentation, samples, and the shape of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compress
+from compress.activations import Grid, fake_quantize, fake_quantize_dynamic
+from compress.codebook import CodebookEncoding, encode_codebook
+from compress.data import Batch, load_calibration
+from compress.encoding import Encoded, IntEncoding, encode
+from compress.testing import MODELS, assert_close, make
+from compress.training import Plan, Samples, Trainee, augmented, fit, mse_loss, running_statistics, trainable
+
+
+def encoded(kind: str, rows: int, columns: int, group: int, bits: int, seed: int) -> Encoded:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=g, dtype=torch.uint8)
+    groups = -(-columns // group) if group > 0 else 1
+    scales = torch.randn(rows, groups, generator=g)
+    if kind == "codebook":
+        table = torch.randn(2**bits, generator=g).sort().values
+        table[2 ** (bits - 1)] = 0.0
+        encoding = CodebookEncoding("kmeans", bits, group)
+        return encode_codebook(codes, table.sort().values, scales, encoding, (rows, columns), torch.float32)
+    zeros = torch.randint(0, 2**bits, (rows, groups), generator=g, dtype=torch.uint8)
+    symmetric = kind == "symmetric"
+    form = IntEncoding(bits, group, symmetric)
+    return encode(codes, scales, None if symmetric else zeros, form, (rows, columns), torch.float32)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(["symmetric", "asymmetric", "codebook"]),
+    st.integers(1, 5), st.integers(1, 70), st.sampled_from([-1, 16, 32]), st.sampled_from([2, 4]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_gradient_of_scales(kind: str, rows: int, columns: int, group: int, bits: int, seed: int) -> None:
+    """Against differences: the weight is linear in each scale, so they are exact but for rounding."""
+    weight = encoded(kind, rows, columns, group, bits, seed)
+    parts = dict(weight.parts)
+    towards = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    scales = parts["scales"].clone().requires_grad_()
+    value = weight.operator(*weight.arguments({**parts, "scales": scales}))
+    (found,) = torch.autograd.grad((value * towards).sum(), scales)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            one = torch.zeros_like(scales)
+            one[i, j] = 1.0
+            change = weight.operator(*weight.arguments({**parts, "scales": one})).double()
+            expected = float((change * towards.double()).sum())
+            assert float(found[i, j]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_rounded_activations_pass_gradients_straight_through() -> None:
+    x = torch.tensor([-9.0, -1.01, 0.0, 0.3, 0.99, 9.0], requires_grad=True)
+    grid = Grid.of(-1.02, 1.0)
+    (found,) = torch.autograd.grad(fake_quantize(x, grid.scale, grid.zero_point).sum(), x)
+    assert found.tolist() == [0, 1, 1, 1, 1, 0]
+    (found,) = torch.autograd.grad((2 * fake_quantize_dynamic(x)).sum(), x)
+    assert found.tolist() == [2] * 6
+
+
+def test_the_trainable_tensors() -> None:
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    sites = [s for s in graph.sites() if s.name != "fc2"]
+    names = trainable(graph, sites)
+    assert {"conv1.weight", "depthwise.bias", "bn1.weight", "bn3.bias", "fc1.weight"} <= set(names)
+    assert not {"fc2.weight", "fc2.bias", "bn1.running_mean", "bn1.running_var"} & set(names)
+    assert running_statistics(graph) == tuple(
+        f"{bn}.running_{what}" for bn in ("bn1", "bn2", "bn3") for what in ("mean", "var")
+    )
+
+
+def test_batch_norm_is_trained_on_batches_and_judged_by_running_statistics() -> None:
+    model = make("convnet")
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    x = MODELS["convnet"].inputs(16)[0]
+    trainee = Trainee(graph, trainable(graph, graph.sites()), "train")
+    assert_close(model(x), trainee.run([x], grad=False)[0], db=100)
+    one = trainee.run([x[:1]])[0]
+    assert_close(model(x[:1]), one.detach(), db=100)  # of a single sample there are no statistics
+    for norm in (model.bn1, model.bn2, model.bn3):
+        norm.train()
+    wanted = model(x)
+    assert_close(wanted, trainee.run([x])[0].detach(), db=100)
+    assert_close(model.bn2.running_var, trainee.values()["bn2.running_var"], db=100)
+    assert_close(model.eval()(x), trainee.run([x], grad=False)[0], db=100)
+    assert not torch.equal(graph.tensors["bn2.running_var"], trainee.values()["bn2.running_var"])
+
+
+def test_masks_hold_after_every_step_of_every_optimizer() -> None:
+    graph = compress.capture(make("tied_lm"), MODELS["tied_lm"].inputs(2))
+    weight = graph.weight("mlp.weight")
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    graph.set_weight("mlp.weight", weight.masked_fill(mask, 0.0))
+    trainee = Trainee(graph, trainable(graph, graph.sites()))
+    more = mask | (torch.arange(mask.shape[1]) % 2 == 0)
+    for optimizer in (
+        torch.optim.Adam(trainee.variables.values(), 0.1, weight_decay=0.1),
+        torch.optim.SGD(trainee.variables.values(), 0.1, momentum=0.9),
+    ):
+        for step in range(4):
+            trainee.step(optimizer, trainee.run(MODELS["tied_lm"].inputs(4))[0].square().mean())
+            assert torch.equal(trainee.values()["mlp.weight"] == 0, mask)
+            if step == 1:
+                mask = more  # the optimizer's momentum is from before
+                trainee.prune("mlp.weight", mask)
+        more = mask | (torch.arange(mask.shape[1]) % 3 == 0)
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 4), st.integers(8, 19), st.integers(8, 19), st.integers(0, 9))
+def test_augmented_images_are_moved_ones(count: int, height: int, width: int, seed: int) -> None:
+    """Every result is one of all shifts of the image or its mirror image."""
+    x = torch.rand(count, 2, height, width, generator=torch.Generator().manual_seed(seed)) + 1
+    mask = torch.ones(count, 3, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    found = augmented(Batch((x, mask)), ("crop", "flip"), generator)
+    assert found.inputs[1] is mask
+    down, right = height // 8, width // 8
+    for image, moved in zip(x, found.inputs[0], strict=True):
+        padded = torch.nn.functional.pad(image, (right, right, down, down))
+        mirrored = torch.nn.functional.pad(image.flip(2), (right, right, down, down))
+        assert any(
+            torch.equal(moved, p[:, i : i + height, j : j + width])
+            for p in (padded, mirrored)
+            for i in range(2 * down + 1)
+            for j in range(2 * right + 1)
+        )
+    assert augmented(Batch((x,)), (), generator).inputs[0] is x
+
+
+def test_held_out_samples_are_apart_and_few() -> None:
+    graph = compress.capture(make("products"), MODELS["products"].inputs(2))
+    for count, held in ((2, 1), (4, 1), (10, 2), (5120, 512)):
+        x = torch.arange(float(count))[:, None].expand(count, 24)
+        samples = Samples(graph, list(load_calibration([x], inputs=graph.inputs, samples=count)))
+        training, apart = samples.split()
+        assert len(apart) == held
+        assert sorted(torch.cat((training, apart)).tolist()) == list(range(count))
+        assert torch.equal(samples.take(apart)[0].inputs[0][:, 0], apart.float())
+
+
+def test_sequences_of_different_lengths_stay_batches() -> None:
+    graph = compress.capture(make("tied_lm"), inputs=MODELS["tied_lm"].specs)
+    items = [torch.randint(0, 90, (2, length)) for length in (5, 9, 9, 7, 6)]
+    data = load_calibration(items, inputs=graph.inputs)
+    fitted = fit(graph, trainable(graph, graph.sites()), graph, data, mse_loss, Plan(2, 64, 1e-3))
+    assert fitted.steps == (8, 0), "the graph was the reference: nothing is better than the start"
+    assert fitted.before == 0.0
