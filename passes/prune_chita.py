@@ -19,6 +19,7 @@ the inputs it will get comes close to what the original does from its own (`comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -26,21 +27,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration import Need, Statistics, output_error
+from compress.calibration import Need, Statistics
 from compress.data import Batch, CalibrationData
 from compress.errors import CalibrationError, PassError
 from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
+from compress.passes.prune_magnitude import change, check_sparsity, counted, prunable, pruned
 from compress.passes.solvers.alps import alps
 from compress.passes.solvers.chita import Method, Solution, solve
 from compress.passes.solvers.fisher import Gradients
-from compress.passes.solvers.masks import Scope, keep_largest, keep_largest_of, keep_n_of_m, parse_pattern
+from compress.passes.solvers.masks import Pattern, Scope, parse_pattern
+from compress.passes.solvers.ratios import Ratios
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.statistics import HELD_OUT_EVERY
 
 _AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
-_FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order")
+_FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order", "refit")
 _RISING = 0.7
 """Of the stages, with `first_order`: in the others the sparsity stays."""
 _DAMPING = 0.01
@@ -58,7 +61,9 @@ class PruneChita(Pass):
     objective: Literal["fisher", "layer"] = Field(
         "fisher", description="the loss, by gradients of samples; or the output of each layer, without labels"
     )
-    pattern: str = Field("unstructured", description='"unstructured", or with objective layer also "N:M"')
+    pattern: str = Field(
+        "unstructured", description='"unstructured"; with objective layer also "N:M" and "block:RxC"'
+    )
     scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
     stages: int = Field(
         1, ge=1, description="gradients are taken anew for each; the sparsity rises exponentially"
@@ -83,15 +88,14 @@ class PruneChita(Pass):
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"
     )
+    refit: bool = Field(
+        True, description="refit the survivors by least squares, layer after layer; not with first_order"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneChita:
-        n_m = parse_pattern(self.pattern)
-        if n_m is None and self.sparsity is None:
-            raise ValueError("sparsity is required for the unstructured pattern, e.g. sparsity: 0.5")
-        if n_m is not None and self.sparsity not in (None, 1 - n_m[0] / n_m[1]):
-            raise ValueError(f"{self.pattern} means sparsity {1 - n_m[0] / n_m[1]}; leave sparsity out")
-        if n_m is not None and self.objective == "fisher":
+        check_sparsity(self.pattern, self.sparsity)
+        if self.pattern != "unstructured" and self.objective == "fisher":
             raise ValueError(f"pattern {self.pattern} takes objective: layer")
         if self.objective == "layer":
             idle = {name: type(self).model_fields[name].default for name in _FISHER_ONLY}
@@ -110,23 +114,27 @@ class PruneChita(Pass):
                 fix="give calibration data, or prune by magnitude (prune_magnitude)",
             )
         notes: list[Note] = []
-        sites = self._sites(graph, notes)
+        sites = prunable(self, graph, parse_pattern(self.pattern), notes)
+        for site in graph.sites():
+            if site.kind == "embedding" and site.weight in sites:
+                reason = "an embedding has neither gradients nor inputs to go by; left dense"
+                notes.append(Note(sites.pop(site.weight).name, reason))
         if not sites:
             return PassResult(graph, (), tuple(notes))
         if self.objective == "layer":
-            result, changes = self._layer_wise(graph, context, {w: s[0] for w, s in sites.items()}, notes)
-            return PassResult(result, tuple(changes), tuple(notes))
-        return self._by_fisher(graph, context, context.calibration, sites, notes)
+            result, changes = self._layer_wise(graph, context, sites)
+        else:
+            result, changes = self._by_fisher(graph, context, context.calibration, sites, notes)
+        return PassResult(result, tuple(changes), tuple(notes))
 
     def _by_fisher(
         self,
         graph: Graph,
         context: Context,
         calibration: CalibrationData,
-        sites: dict[str, list[Site]],
+        sites: dict[str, Site],
         notes: list[Note],
-    ) -> PassResult:
-        assert self.sparsity is not None
+    ) -> tuple[Graph, Sequence[Change]]:
         data = _Data.of(graph, calibration)
         if data.labels is None and self._labelled:
             if self.first_order:
@@ -137,16 +145,25 @@ class PruneChita(Pass):
                 )
             reason = "the calibration data has no class labels; they are sampled from the model"
             notes.append(Note("all", reason))
-        result = graph.copy()
+        result, solution = graph.copy(), None
         for stage in range(self.stages):
             part = data.part(stage, self.samples)
-            solution = self._stage(result, sites, part, self._sparsity(stage), context.seed + stage)
-            for (weight, _), values in zip(sites.items(), solution.values, strict=True):
+            solution = self._stage(result, tuple(sites), part, self._sparsity(stage), context.seed + stage)
+            for weight, values in zip(sites, solution.values, strict=True):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
-        what = f"chita {solution.support} {solution.block}"
-        changes = [_change(s[0], graph.weight(w), result.weight(w), what, None) for w, s in sites.items()]
-        return PassResult(result, tuple(changes), tuple(notes))
+        assert solution is not None
+        action = f"chita {solution.support} {solution.block}"
+        if self.first_order or not self.refit:
+            return result, [
+                change(s, graph.weight(w), result.weight(w), None, action) for w, s in sites.items()
+            ]
+
+        def choose(site: Site, old: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
+            values = result.weight(site.weight)
+            return values, values != 0
+
+        return pruned(graph, context, sites, choose, True, action)
 
     def _sparsity(self, stage: int) -> float:
         """After a stage, counted from 0."""
@@ -160,39 +177,21 @@ class PruneChita(Pass):
         """Whether gradients are those of the labels' loss."""
         return self.first_order or self.temperature is None
 
-    def _sites(self, graph: Graph, notes: list[Note]) -> dict[str, list[Site]]:
-        """Every site of each weight to prune."""
-        chosen = {s.weight for s in self.select(graph)}
-        sites: dict[str, list[Site]] = {}
-        for site in graph.sites():
-            if site.weight in chosen:
-                sites.setdefault(site.weight, []).append(site)
-        for weight, all_of_it in list(sites.items()):
-            reason = ""
-            if weight in graph.encodings:
-                # new values would undo the encoding
-                reason = f"already {graph.encodings[weight].encoding}; prune before quantizing"
-            elif any(site.kind == "embedding" for site in all_of_it):
-                reason = "an embedding has neither gradients nor inputs to go by; left dense"
-            if reason:
-                notes.append(Note(sites.pop(weight)[0].name, reason))
-        return sites
-
     def _stage(
-        self, graph: Graph, sites: dict[str, list[Site]], data: _Data, sparsity: float, seed: int
+        self, graph: Graph, names: tuple[str, ...], data: _Data, sparsity: float, seed: int
     ) -> Solution:
         fitting, held_out = data.split(self.mini_batch) if self.method == "best" else (data, data)
         if not self._labelled:
             fitting = replace(fitting, labels=None)
         generator = torch.Generator().manual_seed(seed)
-        collected = _collect(graph, sites, fitting, self.mini_batch, generator, self.temperature or 1.0)
-        weights = tuple(graph.weight(w).flatten(1).float() for w in sites)
+        collected = _collect(graph, names, fitting, self.mini_batch, generator, self.temperature or 1.0)
+        weights = tuple(graph.weight(name).flatten(1).float() for name in names)
         trial = graph.copy()
 
         def judge(values: tuple[Tensor, ...]) -> float:
-            for weight, new in zip(sites, values, strict=True):
-                old = graph.weight(weight)
-                trial.set_weight(weight, new.view_as(old).to(old.dtype))
+            for name, new in zip(names, values, strict=True):
+                old = graph.weight(name)
+                trial.set_weight(name, new.view_as(old).to(old.dtype))
             return held_out.loss(trial)
 
         return solve(
@@ -208,58 +207,33 @@ class PruneChita(Pass):
         )
 
     def _layer_wise(
-        self, graph: Graph, context: Context, sites: dict[str, Site], notes: list[Note]
-    ) -> tuple[Graph, list[Change]]:
-        n_m = parse_pattern(self.pattern)
-        shares: dict[str, float] = {}
-        if n_m is None:
-            assert self.sparsity is not None
-            shares = dict.fromkeys(sites, self.sparsity)
-            if self.scope == "global":
-                masks = keep_largest_of(
-                    [graph.weight(w).abs().float() for w in sites], self.sparsity, "global"
-                )
-                shares = {w: float((~m).double().mean()) for w, m in zip(sites, masks, strict=True)}
-        else:
-            for weight in list(sites):
-                if (channels := graph.shape(weight)[1]) % n_m[1]:
-                    reason = f"{channels} input channels are no multiple of {n_m[1]}; left dense"
-                    notes.append(Note(sites.pop(weight).name, reason))
+        self, graph: Graph, context: Context, sites: dict[str, Site]
+    ) -> tuple[Graph, Sequence[Change]]:
+        pattern = parse_pattern(self.pattern)
+        counts = dict.fromkeys(sites, 0)
+        if self.sparsity is not None and not pattern.m:
+            ratios: Ratios = "global" if self.scope == "global" else "uniform"
+            counts = counted(
+                self.name, graph, context, sites, pattern, self.sparsity, ratios,
+                lambda: [graph.weight(weight).abs().float() for weight in sites],
+            )  # fmt: skip
         changes: list[Change] = []
+        action = f"chita layer {self.scope if pattern == Pattern() else self.pattern}"
 
         def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:
             def keep(scores: Tensor) -> Tensor:
-                if n_m is None:
-                    return keep_largest(scores, shares[site.weight])
-                # channels last, so that the M entries of a group are neighbours
-                kept = keep_n_of_m(scores.view_as(old).movedim(1, -1), *n_m)
-                return kept.movedim(-1, 1).reshape(scores.shape)
+                return pattern.mask(scores.view_as(old), counts[site.weight]).reshape(scores.shape)
 
             assert statistics is not None
             assert statistics.H is not None
             damping = _DAMPING if self.ridge is None else self.ridge
             new = alps(old.flatten(1).float(), statistics.H, keep, G=statistics.G, damping=damping)
             new = new.view_as(old).to(old.dtype)
-            what = self.pattern if n_m is not None else f"chita layer {self.scope}"
-            changes.append(_change(site, old, new, what, statistics))
+            changes.append(change(site, old, new, statistics, action))
             return new
 
         needs: frozenset[Need] = frozenset({"diag", "H", "G"})
         return context.sweep(graph, list(sites.values()), visit, needs), changes
-
-
-def _change(site: Site, old: Tensor, new: Tensor, what: str, statistics: Statistics | None) -> Change:
-    size = old.numel() * old.element_size()
-    return Change(
-        site=site.name,
-        weight=site.weight,
-        action=what,
-        bits=8.0 * old.element_size(),
-        sparsity=float((new == 0).double().mean()),
-        bytes_before=size,
-        bytes_after=size,
-        error=output_error(old, new, statistics),
-    )
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -339,16 +313,16 @@ class _Data:
 
 def _collect(
     graph: Graph,
-    sites: dict[str, list[Site]],
+    names: tuple[str, ...],
     data: _Data,
     mini_batch: int,
     generator: torch.Generator,
     temperature: float,
 ) -> tuple[Gradients, ...]:
-    """Gradients of all samples for each weight."""
+    """Gradients of all samples for each weight, summed over all places where it is used."""
     size = min(mini_batch, len(data))
     at_once = max(1, _AT_ONCE // size) * size
-    every = [site for all_of_it in sites.values() for site in all_of_it]
+    every = [site for site in graph.sites() if site.weight in names]
     collected: dict[str, Gradients] = {}
     for start in range(0, len(data), at_once):
         rows = data.at(torch.arange(start, min(start + at_once, len(data))))
@@ -356,12 +330,12 @@ def _collect(
         for site, factors in site_gradients(graph, every, rows.inputs, rows.labels, generator, temperature):
             new = _gradients(factors)
             found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
-        for weight in sites:
+        for weight in names:
             new = found.pop(weight).merged(size)
             if weight not in collected:
                 collected[weight] = new.room(len(data) // size)
             collected[weight].put(start // size, new)
-    return tuple(collected[weight] for weight in sites)
+    return tuple(collected[weight] for weight in names)
 
 
 def _gradients(factors: SiteGradient) -> Gradients:

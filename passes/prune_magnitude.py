@@ -235,13 +235,13 @@ def pruned(
         values, mask = choose(site, old, statistics)
         if refit and statistics is not None and statistics.H is not None:
             matrix, kept = (t.reshape(t.shape[0], -1) for t in (old, mask))
-            new = refit_survivors(matrix, kept, statistics.H).view_as(old).to(old.dtype)
+            new = refit_survivors(matrix, kept, statistics.H, G=statistics.G).view_as(old).to(old.dtype)
         else:
             new = torch.where(mask, values, 0.0).to(old.dtype)
         changes.append(change(site, old, new, statistics, action))
         return new
 
-    result = _sweep(graph, context, sites, visit, needs | {"diag", "H"} if refit else needs)
+    result = _sweep(graph, context, sites, visit, needs | {"diag", "H", "G"} if refit else needs)
     return result, tuple(changes)
 
 

@@ -169,9 +169,9 @@ def test_layer_wise_removes_the_exact_number(scope: str) -> None:
     assert {c.weight for c in result.changes} == names
     zeros = {n: int((result.graph.weight(n) == 0).sum()) for n in names}
     if scope == "layer":
-        assert zeros == {n: round(0.6 * graph.weight(n).numel()) for n in names}
-    else:
-        assert sum(zeros.values()) == round(0.6 * sum(graph.weight(n).numel() for n in names))
+        assert all(abs(zeros[n] - 0.6 * graph.weight(n).numel()) <= 1 for n in names)
+    assert sum(zeros.values()) == round(0.6 * sum(graph.weight(n).numel() for n in names))
+    if scope == "global":
         magnitude = PruneMagnitude(sparsity=0.6, refit=False).apply(graph, Context(graph)).graph
         assert zeros == {n: int((magnitude.weight(n) == 0).sum()) for n in names}
 
