@@ -38,7 +38,7 @@ from compress.statistics import HELD_OUT_EVERY
 _AT_ONCE = 16
 """Samples of one backward pass: patches of a convolution are the largest thing in memory."""
 _FISHER_ONLY = ("stages", "samples", "mini_batch", "first_order")
-_DAMPING = 0.01
+_DAMPING = 0.03
 """Of the mean square input: the pull towards the weight as it is, with objective `layer`."""
 
 
@@ -66,7 +66,7 @@ class PruneChita(Pass):
         None,
         gt=0,
         description="of the mean Fisher information, by default the best on held-out samples; "
-        "with objective layer of the mean square input, 0.01 by default",
+        "with objective layer of the mean square input, 0.03 by default",
     )
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"
