@@ -173,6 +173,8 @@ class SmallLM(nn.Module):
         assert isinstance(self.speeds, Tensor)
         angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.speeds
         cos, sin = angles.cos(), angles.sin()
+        if self.norm.weight.dtype != cos.dtype:
+            cos, sin = cos.to(self.norm.weight.dtype), sin.to(self.norm.weight.dtype)
         x = self.embed_tokens(ids)
         for block in self.layers:
             x = block(x, cos, sin)
@@ -188,3 +190,22 @@ def small_lm() -> nn.Module:
 def small_lm_tied() -> nn.Module:
     """The same with one tensor for both ends."""
     return SmallLM(tied=True)
+
+
+def _hollow_lm(width: int, hidden: int, heads: int, blocks: int) -> SmallLM:
+    """In bfloat16, on the meta device: it takes its weights from a file, without a copy of its own."""
+    with torch.device("meta"):
+        model = SmallLM(False, 32000, width, hidden, heads, blocks).bfloat16()
+    half = width // heads // 2
+    model.speeds = 10000.0 ** (-torch.arange(half) / half)
+    return model
+
+
+def hollow_large_lm() -> nn.Module:
+    """1,004 million parameters."""
+    return _hollow_lm(1536, 4096, 12, 32)
+
+
+def hollow_small_lm() -> nn.Module:
+    """The same with 9 million parameters, most of them in embeddings."""
+    return _hollow_lm(128, 352, 4, 2)

@@ -271,6 +271,9 @@ def shown(names: Iterable[str], limit: int = _SHOWN) -> str:
 def fill(module: nn.Module, state: dict[str, Any], path: Path, notes: list[str]) -> None:
     """Copy weights into a module, in its own dtypes.
 
+    A module built on the meta device has nothing to copy to and takes the tensors themselves; those of a
+    safetensors file are the file mapped into memory, so a model larger than memory can be loaded like this.
+
     Args:
         module: changed in place.
         state: name -> tensor of any floating dtype; wrapper prefixes are stripped.
@@ -281,10 +284,7 @@ def fill(module: nn.Module, state: dict[str, Any], path: Path, notes: list[str])
         ModelFileError: names, shapes or kinds of tensors do not match.
     """
     own: dict[str, Any] = module.state_dict(keep_vars=True)
-    if any(isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and t.is_meta for t in own.values()):
-        raise ModelFileError(
-            "--model built a module without memory (on the meta device)", expected="a module on the CPU"
-        )
+    hollow = any(_is_meta(t) for t in own.values())
     state = _rename(state, own, notes)
     hidden = {n for n, _ in module.named_buffers() if n not in own}
     skipped = [k for k in state if k not in own and (k in hidden or k.endswith("num_batches_tracked"))]
@@ -299,8 +299,11 @@ def fill(module: nn.Module, state: dict[str, Any], path: Path, notes: list[str])
         casts = _casts(state, own)
         try:
             with torch.no_grad():
+                if hollow:
+                    for key in [k for k in state if isinstance(own.get(k), Tensor)]:
+                        state[key] = state[key].to(own[key].dtype)
                 # hooks of the module may rename old keys, so what is missing is its word, not ours
-                missing, unexpected = module.load_state_dict(state, strict=False)
+                missing, unexpected = module.load_state_dict(state, strict=False, assign=hollow)
         except Exception as error:  # a hook is anyone's code
             raise ModelFileError(f"{path} does not fit the module: {first_line(error)}") from error
         notes.extend(casts)
@@ -320,6 +323,32 @@ def fill(module: nn.Module, state: dict[str, Any], path: Path, notes: list[str])
             expected=f"the state_dict of this {name}",
             fix="check the arguments --model builds the module with",
         )
+    if hollow:
+        _tie(module, own)
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        empty = [name for name, tensor in named if _is_meta(tensor)]
+        if empty:
+            raise ModelFileError(
+                f"--model built {len(empty)} tensors without memory (on the meta device), and {path} "
+                f"does not hold them: {shown(empty)}",
+                expected="only what the file holds to be on the meta device",
+                fix="give these their values after the module is built",
+            )
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and not nn.parameter.is_lazy(value) and value.is_meta
+
+
+def _tie(module: nn.Module, own: Mapping[str, Any]) -> None:
+    """Make one parameter again of those that were one before each of their names was assigned to."""
+    first: dict[int, nn.Parameter] = {}
+    names = [name for name in own if isinstance(own[name], nn.Parameter)]
+    held = [name for name in names if not _is_meta(module.get_parameter(name))]
+    for name in sorted(names, key=held.__contains__, reverse=True):
+        kept = first.setdefault(id(own[name]), module.get_parameter(name))
+        place, _, last = name.rpartition(".")
+        setattr(module.get_submodule(place), last, kept)
 
 
 def _rename(state: dict[str, Any], own: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

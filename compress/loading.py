@@ -66,6 +66,7 @@ def load_model(
             Face folder.
         model: for files that hold only weights: builds the module they belong to. A callable without
             arguments, or where to import it from (``package.module:callable``, ``file.py:callable``).
+            What it builds on the meta device takes the tensors of the file without copying them.
         trust: allow loading that can execute code from the file (pickled modules, exported programs).
 
     Raises:

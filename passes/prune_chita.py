@@ -46,7 +46,7 @@ _AT_ONCE = 16
 _FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order", "refit")
 _RISING = 0.7
 """Of the stages, with `first_order`: in the others the sparsity stays."""
-_DAMPING = 0.01
+_DAMPING = 0.03
 """Of the mean square input: the pull towards the weight as it is, with objective `layer`."""
 
 
@@ -83,7 +83,7 @@ class PruneChita(Pass):
         None,
         gt=0,
         description="of the mean Fisher information, by default the best on held-out samples, or 0.05; "
-        "with objective layer of the mean square input, 0.01 by default",
+        "with objective layer of the mean square input, 0.03 by default",
     )
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"

@@ -134,6 +134,11 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "prune_large",
+            "2:4 pruning of a language model of a billion parameters: memory and time",
+            "bench.cases.prune_large:run",
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",

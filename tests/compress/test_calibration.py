@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compress
-from compress.calibration import Statistics, Update, _ValueStore, output_error, sweep
+from compress.calibration import Need, Statistics, Update, _ValueStore, output_error, sweep
 from compress.errors import CalibrationError
 from compress.graph import Site
 from compress.passes.cleanup import Cleanup
@@ -386,3 +386,30 @@ def test_an_input_without_batch_is_not_cut_by_channels(monkeypatch: pytest.Monke
         assert statistics.rows == cut[name].rows == 49
         assert statistics.H is not None and cut[name].H is not None
         assert_close(statistics.H, cut[name].H, db=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits(dtype: torch.dtype) -> None:
+    """What layers see is what the model computes, in its own dtype; the statistics are float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 8, bias=False), nn.Linear(8, 5))
+        x = torch.randn(30, 12).to(dtype)
+    model = model.to(dtype).eval()
+    graph = compress.capture(model, (x[:2],))
+    seen: dict[str, Statistics] = {}
+
+    def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Tensor:
+        assert statistics is not None
+        assert weight.dtype == dtype
+        seen[site.name] = statistics
+        return weight / 2
+
+    needs: frozenset[Need] = frozenset({"H", "G"})
+    result = sweep(graph, graph.sites(), visit, batches=[(x[:16],), (x[16:],)], reference=graph, needs=needs)
+    assert result.weight("3.weight").dtype == dtype
+    with torch.no_grad():
+        y, y_tilde = model[1](model[0](x)), torch.relu(x @ model[0].weight.T / 2 + model[0].bias)
+    for found, left, right in (("H", y_tilde, y_tilde), ("G", y_tilde, y)):
+        expected = (left.double().T @ right.double() / len(x)).float()[None]
+        assert_close(expected, getattr(seen["2"], found), db=40)

@@ -214,6 +214,41 @@ def test_weights_take_the_dtype_of_the_module(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(loaded.module.first.weight, state["first.weight"].float())
 
 
+def _on_meta(build: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def test_a_module_on_the_meta_device_takes_the_tensors_of_the_file(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {k: v.bfloat16() if k == "first.bias" else v for k, v in _state().items()}
+    path = tmp_path / "weights.safetensors"
+    safetensors.save_file(state, path)
+
+    def build() -> nn.Module:
+        module = _on_meta(Net)
+        module.cache = torch.ones(2)
+        return module
+
+    loaded = load_model(path, model=build)
+    _same(loaded, {k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    assert loaded.notes == ("cast 1 tensors from bfloat16 to float32",)
+    assert isinstance(loaded.module, Net)
+    assert isinstance(loaded.module.first.weight, nn.Parameter)
+    assert torch.equal(loaded.module.cache, torch.ones(2))
+    with pytest.raises(ModelFileError, match=r"built 1 tensors without memory(.|\n)*hold them: cache"):
+        load_model(path, model=lambda: _on_meta(Net))
+
+
+@pytest.mark.parametrize("names", [("embed.weight", "head.weight"), ("embed.weight",), ("head.weight",)])
+def test_what_was_tied_on_the_meta_device_stays_tied(save: Write, names: tuple[str, ...]) -> None:
+    weight = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    loaded = load_model(save(dict.fromkeys(names, weight)), model=lambda: _on_meta(Tied))
+    assert isinstance(loaded.module, Tied)
+    assert loaded.module.head.weight is loaded.module.embed.weight
+    assert torch.equal(loaded.module.head.weight, weight)
+
+
 def test_without_a_builder_the_keys_are_shown(save: Write) -> None:
     with pytest.raises(ModelFileError, match=r"8 tensors, mask, first\.weight(.|\n)*--model package\."):
         load_model(save(_state()))
