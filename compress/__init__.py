@@ -7,7 +7,7 @@ print(compress.verify(artifact, result.reference))
 
 from __future__ import annotations
 
-from compress.api import Result, export, run, verify
+from compress.api import Result, export, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight
@@ -18,6 +18,7 @@ from compress.inputs import InputSpec
 from compress.pipeline import Change, Context, Note, Pass, PassResult, Pipeline
 from compress.recipe import Recipe
 from compress.report import Report
+from compress.sparse import FixedMasks
 
 __all__ = [
     "Artifact",
@@ -28,6 +29,7 @@ __all__ = [
     "Context",
     "Encoded",
     "EncodedWeight",
+    "FixedMasks",
     "Graph",
     "InputSpec",
     "IntEncoding",
@@ -42,6 +44,8 @@ __all__ = [
     "Verification",
     "capture",
     "export",
+    "random_masks",
     "run",
+    "sparse_train",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The four calls everything else is made of: capture, run, export, verify.
+"""The four calls everything else is made of: capture, run, export, verify; and sparse training.
 
 This is the one core module that looks up passes and exporters, and it does so when it is called, so
 importing `compress` needs only torch.
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from compress.artifact import Artifact, Verification
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing, load_calibration
-from compress.errors import ExportError, OutputError, RecipeError
+from compress.errors import ExportError, OutputError, PassError, RecipeError
 from compress.examples import first_sample
 from compress.graph import Graph
 from compress.inputs import InputSpec
@@ -28,6 +28,8 @@ from compress.progress import Progress, Silent
 from compress.recipe import Recipe
 from compress.recipes import RECIPES, named
 from compress.report import Report
+from compress.sparse import TrainingData, prunable, train
+from compress.training import Augmentation
 
 RecipeLike = str | Path | Mapping[str, Any] | Sequence[Pass] | Recipe
 EvalFn = Callable[[torch.nn.Module], float]
@@ -120,6 +122,89 @@ def run(
             }
     report.seconds = time.perf_counter() - began
     return Result(graph, reference, report, _some(data, reference))
+
+
+def sparse_train(
+    model: torch.nn.Module,
+    data: TrainingData,
+    *,
+    sparsity: float,
+    ratios: str = "erk",
+    ignore: Sequence[str] = (),
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float = 0.1,
+    weight_decay: float = 5e-4,
+    augment: Sequence[Augmentation] = (),
+    loss: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.cross_entropy,
+    seed: int = 0,
+) -> torch.nn.Module:
+    """Train a module from scratch with a fixed random mask (Liu et al. 2022, arXiv 2202.02643).
+
+    Weights of linear layers and convolutions are masked, exactly ``round(sparsity * n)`` of all n, and are
+    zero after each step. SGD with Nesterov momentum 0.9 and a learning rate that falls to zero
+    along a cosine. For a training loop of your own: `compress.FixedMasks`.
+
+    Args:
+        model: newly initialised; trained in place.
+        data: (inputs, labels) of all samples, shuffled in each epoch; or batches (inputs..., labels) that can
+            be gone through in each epoch, such as a DataLoader.
+        sparsity: fraction of these weights to remove, in [0, 1).
+        ratios: how much each layer keeps: uniform, uniform+, er, erk, balanced or pyramidal.
+        ignore: paths of modules that stay dense, or globs.
+        epochs, batch_size, learning_rate, weight_decay: of the training; `batch_size` only for whole data.
+        augment: "crop", "flip": images are moved by up to an eighth and mirrored, by chance.
+        loss: (outputs, labels) -> scalar.
+        seed: of the mask, the order, augmentation and dropout.
+
+    Returns:
+        the model, in eval form.
+
+    Raises:
+        PassError, CalibrationError: the options, or the data, do not fit.
+    """
+    masks = random_masks(model, sparsity=sparsity, ratios=ratios, ignore=ignore, seed=seed)
+    train(
+        model, data, masks, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        weight_decay=weight_decay, augment=augment, loss=loss, seed=seed,
+    )  # fmt: skip
+    return model
+
+
+def random_masks(
+    model: torch.nn.Module, *, sparsity: float, ratios: str = "erk", ignore: Sequence[str] = (), seed: int = 0
+) -> dict[str, Tensor]:
+    """Masks drawn at random for the weights of linear layers and convolutions, as `sparse_train` uses them.
+
+    Args:
+        model, sparsity, ratios, ignore, seed: as there.
+
+    Returns:
+        bool by name of a parameter, True = keep.
+
+    Raises:
+        PassError: the options do not fit, or there is nothing to mask.
+    """
+    from compress.passes.solvers.masks import keep_count
+    from compress.passes.solvers.ratios import kept
+
+    weights = prunable(model, ignore)
+    if not weights or not 0 <= sparsity < 1 or ratios in ("global", "owl"):
+        raise PassError(
+            f"sparsity {sparsity} and ratios {ratios} for {len(weights)} weights",
+            expected="a sparsity of 0 or more and below 1, ratios that need no scores, and at least one "
+            "linear layer or convolution",
+        )
+    try:
+        counts = kept([tuple(w.shape) for w in weights.values()], sparsity, cast(Any, ratios))
+    except ValueError as error:
+        raise PassError(str(error), fix="lower the sparsity, or choose other ratios") from error
+    generator = torch.Generator().manual_seed(seed)
+    # in double precision, for float32 has too few numbers for all places of a large weight to differ
+    return {
+        name: keep_count(torch.rand(weight.shape, generator=generator, dtype=torch.float64), count)
+        for (name, weight), count in zip(weights.items(), counts, strict=True)
+    }
 
 
 def export(

@@ -205,17 +205,30 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     return Batch(inputs, torch.cat(labels) if labels else None)
 
 
-def augmented(batch: Batch, kinds: Sequence[Augmentation], generator: torch.Generator) -> Batch:
+def augmented(
+    inputs: Sequence[Tensor], kinds: Sequence[Augmentation], generator: torch.Generator
+) -> tuple[Tensor, ...]:
     """Images moved by up to an eighth of their size and mirrored, by chance (He et al. 2016, section 4.2).
 
     What a shift uncovers is zero, which is the mean of images normalised as usual.
+
+    Args:
+        inputs: images are float ``[B, C, H, W]``; others stay as they are.
+
+    Raises:
+        PassError: there are none.
     """
-    return replace(batch, inputs=tuple(_moved(t, kinds, generator) for t in batch.inputs)) if kinds else batch
+    if kinds and not any(_is_images(t) for t in inputs):
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in inputs)
+        raise PassError(f"augment, and the model reads {shapes}", expected="images, float [B, C, H, W]")
+    return tuple(_moved(t, kinds, generator) if kinds and _is_images(t) else t for t in inputs)
+
+
+def _is_images(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_floating_point()
 
 
 def _moved(x: Tensor, kinds: Sequence[Augmentation], generator: torch.Generator) -> Tensor:
-    if x.ndim != 4 or not x.is_floating_point():
-        return x
     count, _, height, width = x.shape
     if "flip" in kinds:
         mirrored = torch.rand(count, generator=generator) < 0.5
@@ -398,9 +411,9 @@ def fit(
             order = training[torch.randperm(len(training), generator=generator)]
         rows, order = order[:size], order[size:]
         for batch in samples.take(rows):
-            batch = augmented(batch, plan.augment, generator)
-            target = reference.run(list(batch.inputs))
-            value = loss(trainee.run(batch.inputs), target, batch.labels)
+            inputs = augmented(batch.inputs, plan.augment, generator)
+            target = reference.run(inputs)
+            value = loss(trainee.run(inputs), target, batch.labels)
             if not value.requires_grad:
                 raise PassError(
                     "the loss does not depend on the outputs of the graph", expected="one that does"

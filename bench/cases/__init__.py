@@ -139,6 +139,16 @@ CASES: dict[str, Case] = {
             "bench.cases.prune_large:run",
         ),
         Case(
+            "recover",
+            "training with zeros: gradual pruning of a ResNet-20 to 90 %, fixed random masks from scratch",
+            "bench.cases.recover:run",
+            (
+                "data/cifar10.npz",
+                "data/cifar10_jpeg.npz",
+                "models/resnet20_cifar10_chita.safetensors",
+            ),
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 import compress
 from compress.activations import Grid, fake_quantize, fake_quantize_dynamic
 from compress.codebook import CodebookEncoding, encode_codebook
-from compress.data import Batch, load_calibration
+from compress.data import load_calibration
 from compress.encoding import Encoded, IntEncoding, encode
+from compress.errors import PassError
 from compress.testing import MODELS, assert_close, make
 from compress.training import Plan, Samples, Trainee, augmented, fit, mse_loss, running_statistics, trainable
 
@@ -119,10 +120,10 @@ def test_augmented_images_are_moved_ones(count: int, height: int, width: int, se
     x = torch.rand(count, 2, height, width, generator=torch.Generator().manual_seed(seed)) + 1
     mask = torch.ones(count, 3, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
-    found = augmented(Batch((x, mask)), ("crop", "flip"), generator)
-    assert found.inputs[1] is mask
+    found = augmented((x, mask), ("crop", "flip"), generator)
+    assert found[1] is mask
     down, right = height // 8, width // 8
-    for image, moved in zip(x, found.inputs[0], strict=True):
+    for image, moved in zip(x, found[0], strict=True):
         padded = torch.nn.functional.pad(image, (right, right, down, down))
         mirrored = torch.nn.functional.pad(image.flip(2), (right, right, down, down))
         assert any(
@@ -131,7 +132,9 @@ def test_augmented_images_are_moved_ones(count: int, height: int, width: int, se
             for i in range(2 * down + 1)
             for j in range(2 * right + 1)
         )
-    assert augmented(Batch((x,)), (), generator).inputs[0] is x
+    assert augmented((x,), (), generator)[0] is x
+    with pytest.raises(PassError, match="augment, and the model reads"):
+        augmented((mask,), ("flip",), generator)
 
 
 def test_held_out_samples_are_apart_and_few() -> None:

@@ -1,0 +1,117 @@
+"""Training with zeros: gradual pruning of a ResNet-20 to 90 %, and fixed random masks from scratch.
+
+The ResNet-20 is pruned by magnitude while it learns from its own dense outputs, on the training images at
+hand (the lossless ones, and as many JPEGs, whose damage costs accuracy, but which show the network more); its
+batch normalisation is not folded before. Magnitudes at once, without and with as many steps of recovery after
+it, stand beside it. Test images are not looked at before the end.
+
+From scratch: a ResNet-8 on images of half the size, masks by Erdos-Renyi-kernel densities beside equal ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import compress
+from bench import models
+from bench.cases.resnet20 import CHECKPOINTS, normalised
+from bench.measure import Measurement, Setup, measured, true
+from bench.train_small import accuracy
+from compress.data import load_calibration
+from compress.passes.prune_gradual import PruneGradual
+from compress.passes.prune_magnitude import PruneMagnitude
+from compress.passes.recover import Recover
+from compress.pipeline import Context
+
+_SPARSITY = 0.9
+_IGNORE = ("*downsample*",)
+_TRAINING: dict[str, Any] = {
+    "epochs": 20,
+    "learning_rate": 2e-3,
+    "augment": ("crop", "flip"),
+    "ignore": _IGNORE,
+}
+
+
+def run(setup: Setup) -> list[Measurement]:
+    """When quick: a small part of the steps, images and seeds, and no targets."""
+    return [*_gradual(setup), *_from_scratch(setup)]
+
+
+def _gradual(setup: Setup) -> Iterator[Measurement]:
+    model = models.resnet20_chita()
+    source = setup.file("models/resnet20_cifar10_chita.safetensors")
+    model.load_state_dict(load_file(source), strict=False)  # batch counters are not in the file
+    images, _, test, test_labels = _images(setup)
+    if setup.quick:
+        images = images[:1000]
+    else:
+        with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
+            more = normalised(file["train_images"][:4000], CHECKPOINTS["chita"])
+        images = torch.cat((images, more))
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    graph = compress.capture(model.eval(), (test[:2],))
+    data = load_calibration(images, inputs=graph.inputs, samples=len(images))
+    context = Context(graph, data)
+    training = {**_TRAINING, "epochs": 2} if setup.quick else _TRAINING
+
+    def percent(graph: compress.Graph) -> float:
+        guesses = torch.cat([graph.run([part])[0].argmax(1) for part in test.split(500)])
+        return 100 * float((guesses == test_labels).double().mean())
+
+    dense = percent(graph)
+    yield measured("ResNet-20: accuracy, dense", dense, "%")
+    yield measured("ResNet-20: images, without their labels", len(images))
+    once = PruneMagnitude(sparsity=_SPARSITY, refit=False, ignore=_IGNORE).apply(graph, context).graph
+    yield measured("ResNet-20 90 %: accuracy, magnitudes at once", percent(once), "%")
+    if not setup.quick:
+        recovered = Recover(batch_norm="train", **training).apply(once, context).graph
+        yield measured("ResNet-20 90 %: accuracy, at once and recovered", percent(recovered), "%")
+    began = time.process_time()
+    pruned = PruneGradual(sparsity=_SPARSITY, **training).apply(graph, context).graph
+    seconds = time.process_time() - began
+    sites = {s.weight for s in graph.sites() if "downsample" not in s.name}
+    zeros = sum(int((pruned.weight(w) == 0).sum()) for w in sites)
+    size = sum(pruned.weight(w).numel() for w in sites)
+    yield true("ResNet-20 90 %: exactly as many zeros", zeros == round(_SPARSITY * size))
+    lost = round(dense - percent(pruned), 6)
+    yield measured("ResNet-20 90 %: accuracy lost, gradual", lost, "points", "" if setup.quick else "<= 2.0")
+    minutes = seconds / 60
+    yield measured("ResNet-20 90 %: processor time", minutes, "min", "" if setup.quick else "<= 30")
+
+
+def _from_scratch(setup: Setup) -> Iterator[Measurement]:
+    images, labels, test, test_labels = _images(setup)
+    images, test = (F.avg_pool2d(x, 2) for x in (images, test))
+    seeds, epochs = (1, 1) if setup.quick else (3, 15)
+    found: dict[str, list[float]] = {}
+    for ratios in ("erk", "uniform"):
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = models.CifarResNet(1, "fc", padded=True)
+            compress.sparse_train(
+                model, (images, labels), sparsity=_SPARSITY, ratios=ratios, epochs=epochs,
+                batch_size=64, augment=("crop", "flip"), seed=seed,
+            )  # fmt: skip
+            found.setdefault(ratios, []).append(accuracy(model, test, test_labels))
+        what = f"ResNet-8 from scratch, 90 % random, {ratios}"
+        yield measured(f"{what}: accuracy", statistics.mean(found[ratios]), "%")
+        yield measured(f"{what}: accuracy, worst of {seeds}", min(found[ratios]), "%")
+    gain = statistics.mean(found["erk"]) - statistics.mean(found["uniform"])
+    yield measured("ResNet-8: gain of erk over uniform", gain, "points", "" if setup.quick else "> 0")
+
+
+def _images(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with np.load(setup.file("data/cifar10.npz")) as file:
+        train, test = (normalised(file[f"{k}_images"], CHECKPOINTS["chita"]) for k in ("train", "test"))
+        labels, test_labels = (torch.from_numpy(file[f"{k}_labels"]).long() for k in ("train", "test"))
+    return train, labels, test, test_labels
