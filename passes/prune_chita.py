@@ -41,8 +41,11 @@ from compress.passes.solvers.ratios import Ratios
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.statistics import HELD_OUT_EVERY
 
-_AT_ONCE = 16
-"""Samples of one backward pass: patches of a convolution are the largest thing in memory."""
+_AT_ONCE = 1 << 21
+"""Elements of the factors at one site in one backward pass: patches of a convolution are the largest thing
+in memory."""
+_JUDGED = 64
+"""Samples of one forward pass, where a loss is all that is wanted."""
 _FISHER_ONLY = ("stages", "samples", "mini_batch", "method", "temperature", "first_order", "refit")
 _RISING = 0.7
 """Of the stages, with `first_order`: in the others the sparsity stays."""
@@ -295,12 +298,12 @@ class _Data:
     def loss(self, graph: Graph) -> float:
         """Mean cross-entropy of a row of logits, nats; with the labels, or the dense probabilities."""
         output, total, rows = target_output(graph), 0.0, 0
-        for start in range(0, len(self), _AT_ONCE):
-            inputs = [t[start : start + _AT_ONCE] for t in self.inputs]
+        for start in range(0, len(self), _JUDGED):
+            inputs = [t[start : start + _JUDGED] for t in self.inputs]
             scores = graph.run(inputs)[output].float()
             scores = scores.reshape(-1, scores.shape[-1])
             if self.labels is not None:
-                wanted = self.labels[start : start + _AT_ONCE].flatten()
+                wanted = self.labels[start : start + _JUDGED].flatten()
             else:
                 wanted = self.dense.run(inputs)[output].float().reshape(scores.shape).softmax(-1)
             total += float(torch.nn.functional.cross_entropy(scores, wanted, reduction="sum"))
@@ -321,21 +324,25 @@ def _collect(
 ) -> tuple[Gradients, ...]:
     """Gradients of all samples for each weight, summed over all places where it is used."""
     size = min(mini_batch, len(data))
-    at_once = max(1, _AT_ONCE // size) * size
-    every = [site for site in graph.sites() if site.weight in names]
+    sites = [site for site in graph.sites() if site.weight in names]
     collected: dict[str, Gradients] = {}
-    for start in range(0, len(data), at_once):
-        rows = data.at(torch.arange(start, min(start + at_once, len(data))))
+    start, at_once = 0, size
+    while start < len(data):
+        part = data.at(torch.arange(start, min(start + at_once, len(data))))
         found: dict[str, Gradients] = {}
-        for site, factors in site_gradients(graph, every, rows.inputs, rows.labels, generator, temperature):
+        elements = 1
+        for site, factors in site_gradients(graph, sites, part.inputs, part.labels, generator, temperature):
+            elements = max(elements, (factors.x.numel() + factors.delta.numel()) // len(part))
             new = _gradients(factors)
             found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
-        for weight in names:
-            new = found.pop(weight).merged(size)
-            if weight not in collected:
-                collected[weight] = new.room(len(data) // size)
-            collected[weight].put(start // size, new)
-    return tuple(collected[weight] for weight in names)
+        for name in names:
+            new = found.pop(name).merged(size)
+            if name not in collected:
+                collected[name] = new.room(len(data) // size)
+            collected[name].put(start // size, new)
+        start += len(part)
+        at_once = max(1, _AT_ONCE // (elements * size)) * size
+    return tuple(collected[name] for name in names)
 
 
 def _gradients(factors: SiteGradient) -> Gradients:
