@@ -378,13 +378,15 @@ def fit(
     size = min(plan.batch_size, len(training)) if samples.single else 1
     total = max(1, round(plan.epochs * (len(training) // size)))
     judged = [b for rows in held.split(size) for b in samples.take(rows)]
-    wanted = [reference.run(list(b.inputs)) for b in judged]
     weights = [len(b.inputs[0]) for b in judged]
 
     def held_out_loss() -> float:
         parts = []
-        for batch, target in zip(judged, wanted, strict=True):
-            parts.append(float(loss(trainee.run(batch.inputs, grad=False), target, batch.labels)))
+        for batch in judged:
+            # not kept from one look to the next: logits of a language model are its largest value
+            target = reference.run(_copies(batch.inputs))
+            ours = trainee.run(_copies(batch.inputs), grad=False)
+            parts.append(float(loss(ours, target, batch.labels)))
         return math.fsum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)
 
     optimizer = _optimizer(list(trainee.variables.values()), plan)
@@ -412,8 +414,8 @@ def fit(
         rows, order = order[:size], order[size:]
         for batch in samples.take(rows):
             inputs = augmented(batch.inputs, plan.augment, generator)
-            target = reference.run(inputs)
-            value = loss(trainee.run(inputs), target, batch.labels)
+            target = reference.run(_copies(inputs))
+            value = loss(trainee.run(_copies(inputs)), target, batch.labels)
             if not value.requires_grad:
                 raise PassError(
                     "the loss does not depend on the outputs of the graph", expected="one that does"
@@ -425,6 +427,11 @@ def fit(
     after, kept, values = best
     _store(result, values)
     return Fitted(result, before, after, (total, kept))
+
+
+def _copies(inputs: Iterable[Tensor]) -> list[Tensor]:
+    """A model may write into its inputs, which others still have to read."""
+    return [tensor.clone() for tensor in inputs]
 
 
 def _optimizer(variables: list[Tensor], plan: Plan) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import compress
 from compress.activations import Grid, fake_quantize, fake_quantize_dynamic
@@ -155,3 +156,21 @@ def test_sequences_of_different_lengths_stay_batches() -> None:
     fitted = fit(graph, trainable(graph, graph.sites()), graph, data, mse_loss, Plan(2, 64, 1e-3))
     assert fitted.steps == (8, 0), "the graph was the reference: nothing is better than the start"
     assert fitted.before == 0.0
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.add_(1.0)
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+def test_a_model_that_writes_into_its_input() -> None:
+    """Otherwise the graph, here its own reference, would be given other inputs than the reference."""
+    graph = compress.capture(WritesIntoItsInput().eval(), (torch.randn(2, 6),))
+    data = load_calibration([torch.randn(20, 6)], inputs=graph.inputs)
+    assert fit(graph, trainable(graph, graph.sites()), graph, data, mse_loss, Plan(2, 4, 1e-3)).before == 0.0
