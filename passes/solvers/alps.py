@@ -68,9 +68,8 @@ def alps(
     """
     # one scale for all rows: their entries are compared with one another
     size, unit = magnitude(weight.flatten()), magnitude(H.diagonal(dim1=1, dim2=2).flatten())
-    w, H, G = weight.to(H.dtype) / size, H / unit, None if G is None else G / unit
-    w = w.reshape(len(H), -1, w.shape[1])
-    layer = _Layer(w, damped(H, damping), None if G is None else G - H)
+    w = (weight.to(H.dtype) / size).reshape(len(H), -1, weight.shape[1])
+    layer = _Layer(w, damped(H, damping).div_(unit), None if G is None else (G - H).div_(unit))
 
     def refit(mask: Tensor, rows: slice, **options: Any) -> Tensor:
         """Least squares on some rows of each group: ``[groups, rows, N]``."""
@@ -125,7 +124,7 @@ class _Layer:
     def split(self, keep: Keep, iterations: int) -> Tensor | None:
         """D of the module docstring, ``[groups, rows, N]``; None where A cannot be factorised."""
         scale = self.A.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)  # [groups, 1, N]
-        A = self.A / (scale * scale.mT)
+        A = (self.A / scale).div_(scale.mT)
         target = (self.w * scale) @ A
         if self.change is not None:
             target += self.w @ self.change.mT / scale
@@ -142,10 +141,10 @@ class _Layer:
                 if i:
                     rho = rho * _GROWTH
                     T = torch.where(mask, T, T / _GROWTH)  # rho U stays
-                shifted = A.clone()
-                shifted.diagonal(dim1=1, dim2=2).add_(rho.squeeze(2))
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-                del shifted
+                inverse = A.clone()
+                inverse.diagonal(dim1=1, dim2=2).add_(rho.squeeze(2))
+                inverse = torch.linalg.cholesky(inverse)
+                inverse = torch.cholesky_inverse(inverse)
             # T is D on the support and U elsewhere
             B = torch.where(mask, T, -T).mul_(rho).add_(target) @ inverse
             T = B.add_(T.masked_fill_(mask, 0.0))

@@ -49,15 +49,15 @@ def refit_survivors(
     size = magnitude(w)
     w = w / size
     unit = magnitude(H.diagonal(dim1=1, dim2=2)).unsqueeze(-1)
-    H, G = H / unit, None if G is None else G / unit
-    diagonal = H.diagonal(dim1=1, dim2=2)
+    A = H / unit
+    diagonal = A.diagonal(dim1=1, dim2=2).clone()
     ridge = damping * diagonal.mean(1).clamp_min(1e-30)
-    A = H + ridge.view(-1, 1, 1) * torch.eye(columns, dtype=H.dtype)
+    A.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
     inverse = 1 / (diagonal + ridge.unsqueeze(1)).unsqueeze(1)
     v = torch.where(keep, w if start is None else start.to(H.dtype).reshape_as(w) / size, 0.0)
     residual = torch.where(keep, (w - v) @ A, 0.0)
     if G is not None:
-        residual += torch.where(keep, w @ (G - H).mT, 0.0)
+        residual += torch.where(keep, w @ (G - H).div_(unit).mT, 0.0)
     first = residual.square().sum(-1, keepdim=True)
     z = inverse * residual
     direction, rho = z, (residual * z).sum(-1, keepdim=True)
