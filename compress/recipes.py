@@ -97,6 +97,18 @@ passes:
     effective_bits: 5.1
     sensitive: []
 """,
+    "2:4": """
+metadata:
+  name: "2:4"
+  description: >-
+    2:4 sparsity: two of every four weights are zero, the others refitted. For sparse GPU kernels; ONNX
+    Runtime gains nothing.
+passes:
+  - pass: cleanup
+  - pass: prune_magnitude
+    pattern: "2:4"
+    score: best
+""",
     "int4-sparse": """
 metadata:
   name: int4-sparse
@@ -106,6 +118,7 @@ passes:
   - pass: cleanup
   - pass: prune_magnitude
     pattern: "2:4"
+    score: best
   - pass: quantize_weights
     bits: 4
     group_size: 32

@@ -3,8 +3,9 @@
 Three choices, independent of one another:
 
 - `score`, what a weight is worth. Without data its magnitude ``|w|`` (Han et al. 2015); with data what the
-  layer's output would miss: Wanda, OBS (`compress.passes.solvers.scores`), or SparseGPT, which scores each
-  column anew once those before it are pruned (`compress.passes.solvers.sparsegpt`).
+  layer's output would miss: Wanda, OBS (`compress.passes.solvers.scores`); SparseGPT, which scores each
+  column anew once those before it are pruned (`compress.passes.solvers.sparsegpt`); or ALPS, which seeks all
+  that stay at once (`compress.passes.solvers.alps`) and is the best of them.
 - `ratios`, how much each layer keeps (`compress.passes.solvers.ratios`): by default the weights of all layers
   are ranked together, which lets insensitive layers give more. Exactly ``round(sparsity * n)`` weights go.
 - `pattern`: single weights; N:M, of every M consecutive input channels N stay (Mishra et al. 2021); or whole
@@ -26,6 +27,7 @@ from torch import Tensor
 from compress.calibration import Need, Statistics, output_error, sweep
 from compress.errors import CalibrationError, PassError
 from compress.graph import Graph, Site
+from compress.passes.solvers.alps import alps
 from compress.passes.solvers.masks import Pattern, Scope, channels_first, channels_last, parse_pattern
 from compress.passes.solvers.ratios import Ratios, kept
 from compress.passes.solvers.refit import refit_survivors
@@ -45,8 +47,10 @@ class PruneMagnitude(Pass):
         None, ge=0, lt=1, description="fraction of the targeted parameters to remove; implied by N:M"
     )
     pattern: str = Field("unstructured", description=PATTERNS)
-    score: Literal["magnitude", "wanda", "obs", "sparsegpt"] = Field(
-        "magnitude", description="what ranks the weights; all but magnitude need calibration data"
+    score: Literal["magnitude", "wanda", "obs", "sparsegpt", "alps", "best"] = Field(
+        "magnitude",
+        description="what ranks the weights; all but magnitude need calibration data; "
+        "best: alps, or magnitude without data",
     )
     scope: Scope = Field("global", description="rank weights over all layers together, or in each layer")
     ratios: Ratios | None = Field(
@@ -64,12 +68,18 @@ class PruneMagnitude(Pass):
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        if self.score != "magnitude":
-            check_data(self.name, context)
         notes: list[Note] = []
         pattern = parse_pattern(self.pattern)
         sites = prunable(self, graph, pattern, notes)
-        plain: Score = "obs" if self.score == "sparsegpt" else self.score
+        how = self.score
+        if how == "best":
+            how = "alps"
+            if context.calibration is None:
+                how = "magnitude"
+                notes.append(Note("all", "there is no calibration data; ranked by magnitude"))
+        if how != "magnitude":
+            check_data(self.name, context)
+        plain: Score = "obs" if how == "sparsegpt" or how == "alps" else how
         counts = dict.fromkeys(sites, 0)
         if self.sparsity is not None and not pattern.m:
             ratios = self.ratios or ("global" if self.scope == "global" else "uniform")
@@ -79,14 +89,16 @@ class PruneMagnitude(Pass):
             )  # fmt: skip
 
         def choose(site: Site, weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-            if self.score == "sparsegpt" and statistics is not None:
+            if how == "sparsegpt" and statistics is not None:
                 return _by_sparsegpt(weight, statistics, pattern, counts[site.weight])
-            if self.score != "magnitude" and statistics is None:
+            if how == "alps" and statistics is not None:
+                return _by_alps(weight, statistics, pattern, counts[site.weight])
+            if how != "magnitude" and statistics is None:
                 notes.append(Note(site.name, "an embedding has no inputs to measure; ranked by magnitude"))
             return weight, pattern.mask(_scores(plain, weight, statistics), counts[site.weight])
 
         what = self.pattern if pattern.m or pattern.unit > 1 else f"pruned {self.ratios or self.scope}"
-        action = what if self.score == "magnitude" else f"{what} {self.score}"
+        action = what if how == "magnitude" else f"{what} {how}"
         result, changes = pruned(graph, context, sites, choose, self.refit, action, _NEEDS[plain])
         return PassResult(result, changes, tuple(notes))
 
@@ -116,6 +128,16 @@ def _by_sparsegpt(
     found = sparsegpt(channels_last(weight), H, keep, n=pattern.n, m=pattern.m)
     values, mask = (channels_first(t, weight.shape) for t in found)
     return values, mask
+
+
+def _by_alps(weight: Tensor, statistics: Statistics, pattern: Pattern, keep: int) -> tuple[Tensor, Tensor]:
+    assert statistics.H is not None
+
+    def stay(scores: Tensor) -> Tensor:
+        return pattern.mask(scores.view_as(weight), keep).reshape(scores.shape)
+
+    values = alps(weight.flatten(1), statistics.H, stay, G=statistics.G).view_as(weight)
+    return values, values != 0
 
 
 # -- for other passes too --------------------------------------------------------------------------

@@ -149,6 +149,11 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "pruning",
+            "layer ratios, masks of one layer, 2:4 sparsity with 4-bit weights in every order",
+            "bench.cases.pruning:run",
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",

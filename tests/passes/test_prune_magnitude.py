@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,7 +95,7 @@ def run(name: str, **options: object) -> tuple[compress.Graph, compress.PassResu
     return graph, PruneMagnitude(**options).apply(graph, Context(graph, data))  # type: ignore[arg-type]
 
 
-SCORES = ("magnitude", "wanda", "obs", "sparsegpt")
+SCORES = ("magnitude", "wanda", "obs", "sparsegpt", "alps")
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -153,6 +155,40 @@ def test_data_is_asked_for_where_it_is_needed() -> None:
     for options in ({"score": "obs", "pattern": "2:4"}, {"ratios": "owl", "sparsity": 0.5}):
         with pytest.raises(CalibrationError, match="no calibration data"):
             prune("convnet", **options)
+
+
+def test_best_is_what_the_data_allows() -> None:
+    for pattern in ("2:4", "block:1x4"):
+        options = {"pattern": pattern, "score": "best", "sparsity": None if pattern == "2:4" else 0.5}
+        _, result = run("convnet", **options)
+        assert all(c.action == f"{pattern} alps" for c in result.changes)
+        _, result = prune("convnet", **options)
+        assert all(c.action == pattern for c in result.changes)
+        assert any("ranked by magnitude" in n.reason for n in result.notes)
+
+
+def test_recipe_int4_sparse_holds_two_of_four_in_the_file(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    module, batches = make("encoder"), [MODELS["encoder"].inputs(32)]
+    result = compress.run(module, "int4-sparse", inputs=MODELS["encoder"].specs, calibration=batches)
+    pruned = {c.weight: c for p in result.report.passes if p.name == "prune_magnitude" for c in p.changes}
+    assert pruned
+    assert all(c.action == "2:4 alps" and c.sparsity == 0.5 for c in pruned.values())
+    compress.export(result.graph, tmp_path / "sparse.onnx")
+    stored = {t.name: t for t in onnx.load(tmp_path / "sparse.onnx").graph.initializer}
+    found = 0
+    for name in pruned:
+        weight = result.graph.weight(name)
+        assert ((weight != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+        if f"{name}.codes" in stored and f"{name}.zero_points" in stored:
+            # [rows, groups, columns of a group] and a zero point for each group
+            codes, zeros = (
+                torch.from_numpy(onnx.numpy_helper.to_array(stored[f"{name}.{part}"]).astype("int16"))
+                for part in ("codes", "zero_points")
+            )
+            assert torch.equal((codes == zeros).flatten(1)[:, : weight.shape[1]], weight == 0)
+            found += 1
+    assert found, sorted(stored)
 
 
 def test_embeddings_are_ranked_by_magnitude() -> None:
