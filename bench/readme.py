@@ -1,4 +1,4 @@
-"""The table of results in README.md, from what `bench/run.py` wrote to bench/results/.
+"""The tables of results in README.md, from what `bench/run.py` wrote to bench/results/.
 
     python bench/readme.py
 
@@ -94,6 +94,17 @@ ROWS = (
 )
 
 
+PRUNED = (
+    ("magnitude", ": accuracy, magnitude"),
+    ("CHITA, its authors' code, the best of all settings", ""),
+    ("**prune_chita**, without refit", ": accuracy"),
+    ("**prune_chita**", ": accuracy, refitted"),
+)
+"""Rows of the table of pruning: what, and the end of the measurement's name; empty for the targets."""
+
+_SPARSITIES = (50, 60, 70, 80, 90)
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The lines between the comments, comments included.
 
@@ -110,13 +121,70 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "",
         f"Measured in ONNX Runtime, one thread, medians of interleaved runs: {'; '.join(sorted(machines))}.",
         "Bold is ours. Below 1 is slower than float. `python bench/run.py minilm lm resnet20` repeats it.",
+        "",
+        *_weights(results["weights"]),
+        "",
+        "Peers: Neural Compressor (rtn, hqq, gptq), Brevitas (gptq, gpfq, qronos); same samples and bits.",
+        "`python bench/run.py weights` repeats it.",
+        "",
+        *_pruning(results["chita"]),
+        "",
+        "Percent of 1,000 test images; mean of three draws of 1,000 images to prune with; no training.",
+        "`python bench/run.py chita` repeats it.",
     ]
     return "\n".join([_BEGIN, *lines, _END])
 
 
+def _weights(found: dict[str, Any]) -> list[str]:
+    """Ours against whichever peer did best, at each width."""
+    values = {m["name"]: m["value"] for m in found["measurements"]}
+    lines = [
+        "| weights alone, groups of 32 | bits | **ours** | best peer | | our time / its |",
+        "|---|---:|---:|---:|---|---:|",
+    ]
+    for subject, model, measure, digits in (
+        ("lm", "7.4 M language model, perplexity", "perplexity", 2),
+        ("minilm", "all-MiniLM-L6-v2, 1 - cosine", "1 - cosine", 4),
+    ):
+        for bits in (4, 3, 2):
+            what = f"{subject} {bits} bits"
+            (ratio,) = (name for name in values if name.startswith(f"{what}: ours best, processor time"))
+            peer = ratio.rsplit(" of ", 1)[1]
+            ours, theirs = (values[f"{what}, {who}: {measure}"] for who in ("ours best", peer))
+            named = peer.replace("_", " ")
+            cells = (
+                model,
+                str(bits),
+                f"{ours:.{digits}f}",
+                f"{theirs:.{digits}f}",
+                named,
+                f"{values[ratio]:.2f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+            model = ""
+    return lines
+
+
+def _pruning(found: dict[str, Any]) -> list[str]:
+    measured = {m["name"]: m for m in found["measurements"]}
+    names = [f"ResNet-20 {percent} %" for percent in _SPARSITIES]
+    dense = measured["ResNet-20: accuracy, dense"]["value"]
+    head = f"ResNet-20 pruned at once ({dense:.1f} % dense)"
+    lines = [f"| {head} | " + " | ".join(f"{percent} %" for percent in _SPARSITIES) + " |"]
+    lines.append("|---|" + "---:|" * len(names))
+    for what, end in PRUNED:
+        if end:
+            cells = [f"{measured[name + end]['value']:.1f}" for name in names]
+        else:
+            cells = [measured[f"{name}: accuracy"]["target"].removeprefix(">= ") for name in names]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of the cases the table shows."""
-    return {case: json.loads((folder / f"{case}.json").read_text()) for case in {row.case for row in ROWS}}
+    """The results of the cases the tables show."""
+    cases = {"chita", "weights", *(row.case for row in ROWS)}
+    return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
 
 
 def current(readme: str) -> str:
