@@ -90,7 +90,6 @@ ROWS = (
     _resnet20("**int8-weight-only**", "int8-weight-only"),
     _resnet20("ONNX Runtime static int8", "int8 ONNX Runtime static"),
     _resnet20("**int4**", "int4"),
-    _resnet20("**int4-sparse**", "int4-sparse"),
 )
 
 
