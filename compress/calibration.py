@@ -358,7 +358,7 @@ class _Lane:
 
 
 def _is_slow(node: fx.Node, arguments: dict[fx.Node, Any]) -> bool:
-    """A linear layer in 16 bits: a processor without kernels for it takes six times as long as in 32."""
+    """A linear layer in 16 bits: a processor without kernels for it takes several times as long as in 32."""
     if node.target is not torch.ops.aten.linear.default:
         return False
     return all(t.dtype in (torch.bfloat16, torch.float16) and t.is_cpu for t in arguments.values())

@@ -6,9 +6,8 @@ which keeps their signs and makes a step of any optimizer relative to the scale.
 Half-precision weights are trained as float32 and rounded where they are used.
 
 Dropout is off, as captured. Batch normalisation that is still in the graph keeps its running statistics, or
-(`batch_norm: train`) uses those of each batch and updates the running ones, by which it is judged. Heavy
-pruning shifts what a layer reads, and with frozen statistics a network does not follow; slight damage is
-repaired better without the noise of batches.
+(`batch_norm: train`) uses those of each batch and updates the running ones, by which it is judged: pruning
+shifts what a layer reads, and running statistics can follow, at the price of the noise of batches.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
-from torch.nn import functional as F  # noqa: N812
+from torch import Tensor, fx, nn
 
 from compress.data import Batch, CalibrationData
 from compress.errors import CalibrationError, PassError
@@ -235,7 +233,7 @@ def _moved(x: Tensor, kinds: Sequence[Augmentation], generator: torch.Generator)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     if "crop" in kinds:
         down, right = height // 8, width // 8
-        padded = F.pad(x, (right, right, down, down))
+        padded = nn.functional.pad(x, (right, right, down, down))
         tops = torch.randint(0, 2 * down + 1, (count,), generator=generator)
         lefts = torch.randint(0, 2 * right + 1, (count,), generator=generator)
         rows = (tops[:, None] + torch.arange(height))[:, :, None]
@@ -264,7 +262,7 @@ def kl_loss(graph: Graph, temperature: float) -> Loss:
         parts = []
         for i in found:
             ours, theirs = (y[i].float().flatten(0, -2) / temperature for y in (outputs, wanted))
-            kl = F.kl_div(
+            kl = nn.functional.kl_div(
                 ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True
             )
             parts.append(kl * temperature**2)
@@ -291,7 +289,7 @@ def label_loss(graph: Graph) -> Loss:
                 expected=f"int64 {list(scores.shape[:-1])}, classes below {scores.shape[-1]}",
                 fix="loss: kl learns from the original model and needs no labels",
             )
-        return F.cross_entropy(scores.flatten(0, -2), labels.flatten())
+        return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
 
     return loss
 
@@ -299,7 +297,9 @@ def label_loss(graph: Graph) -> Loss:
 def mse_loss(outputs: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
     """Mean squared error of the floating-point outputs, averaged over outputs."""
     pairs = [(a, b) for a, b in zip(outputs, wanted, strict=True) if isinstance(b, Tensor)]
-    return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in pairs if b.is_floating_point()]).mean()
+    return torch.stack(
+        [nn.functional.mse_loss(a.float(), b.float()) for a, b in pairs if b.is_floating_point()]
+    ).mean()
 
 
 # -- training ----------------------------------------------------------------------------------------
@@ -444,4 +444,5 @@ def _store(graph: Graph, values: dict[str, Tensor]) -> None:
     graph.tensors.update(values)
     for name, encoded in graph.encodings.items():
         if f"{name}.scales" in values:
+            # `Encoded` is abstract, and cannot say that all of its kinds are dataclasses
             graph.encodings[name] = replace(encoded, scales=values[f"{name}.scales"])  # type: ignore[type-var]

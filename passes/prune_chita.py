@@ -32,8 +32,7 @@ from compress.data import Batch, CalibrationData
 from compress.errors import CalibrationError, PassError
 from compress.gradients import SiteGradient, fits, site_gradients, target_output
 from compress.graph import Graph, Site
-from compress.passes.prune_magnitude import change, check_sparsity, counted, prunable, pruned
-from compress.passes.solvers.alps import alps
+from compress.passes.prune_magnitude import by_alps, change, check_sparsity, counted, prunable, pruned
 from compress.passes.solvers.chita import Method, Solution, solve
 from compress.passes.solvers.fisher import Gradients
 from compress.passes.solvers.masks import Pattern, Scope, parse_pattern
@@ -220,23 +219,15 @@ class PruneChita(Pass):
                 self.name, graph, context, sites, pattern, self.sparsity, ratios,
                 lambda: [graph.weight(weight).abs().float() for weight in sites],
             )  # fmt: skip
-        changes: list[Change] = []
-        action = f"chita layer {self.scope if pattern == Pattern() else self.pattern}"
+        damping = _DAMPING if self.ridge is None else self.ridge
 
-        def visit(site: Site, old: Tensor, statistics: Statistics | None) -> Tensor:
-            def keep(scores: Tensor) -> Tensor:
-                return pattern.mask(scores.view_as(old), counts[site.weight]).reshape(scores.shape)
-
+        def choose(site: Site, old: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
             assert statistics is not None
-            assert statistics.H is not None
-            damping = _DAMPING if self.ridge is None else self.ridge
-            new = alps(old.flatten(1).float(), statistics.H, keep, G=statistics.G, damping=damping)
-            new = new.view_as(old).to(old.dtype)
-            changes.append(change(site, old, new, statistics, action))
-            return new
+            return by_alps(old, statistics, pattern, counts[site.weight], damping)
 
+        action = f"chita layer {self.scope if pattern == Pattern() else self.pattern}"
         needs: frozenset[Need] = frozenset({"diag", "H", "G"})
-        return context.sweep(graph, list(sites.values()), visit, needs), changes
+        return pruned(graph, context, sites, choose, False, action, needs)
 
 
 # -- samples ---------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class PruneMagnitude(Pass):
             if how == "sparsegpt" and statistics is not None:
                 return _by_sparsegpt(weight, statistics, pattern, counts[site.weight])
             if how == "alps" and statistics is not None:
-                return _by_alps(weight, statistics, pattern, counts[site.weight])
+                return by_alps(weight, statistics, pattern, counts[site.weight])
             if how != "magnitude" and statistics is None:
                 notes.append(Note(site.name, "an embedding has no inputs to measure; ranked by magnitude"))
             return weight, pattern.mask(_scores(plain, weight, statistics), counts[site.weight])
@@ -128,16 +128,6 @@ def _by_sparsegpt(
     found = sparsegpt(channels_last(weight), H, keep, n=pattern.n, m=pattern.m)
     values, mask = (channels_first(t, weight.shape) for t in found)
     return values, mask
-
-
-def _by_alps(weight: Tensor, statistics: Statistics, pattern: Pattern, keep: int) -> tuple[Tensor, Tensor]:
-    assert statistics.H is not None
-
-    def stay(scores: Tensor) -> Tensor:
-        return pattern.mask(scores.view_as(weight), keep).reshape(scores.shape)
-
-    values = alps(weight.flatten(1), statistics.H, stay, G=statistics.G).view_as(weight)
-    return values, values != 0
 
 
 # -- for other passes too --------------------------------------------------------------------------
@@ -227,6 +217,26 @@ def counted(
     except ValueError as error:
         raise PassError(f"{name}: {error}", fix="lower the sparsity, or choose other ratios") from error
     return dict(zip(sites, counts, strict=True))
+
+
+def by_alps(
+    weight: Tensor, statistics: Statistics, pattern: Pattern, keep: int, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Values by ALPS, fitted, and the mask of those that stay, of the shape of the weight.
+
+    Args:
+        weight: float ``[O, I, *kernel]``.
+        statistics: with H; with G the outputs of the original network are aimed at.
+        pattern: what may stay; of it `keep` weights, or blocks.
+        damping: as for `alps`.
+    """
+    assert statistics.H is not None
+
+    def stay(scores: Tensor) -> Tensor:
+        return pattern.mask(scores.view_as(weight), keep).reshape(scores.shape)
+
+    values = alps(weight.flatten(1).float(), statistics.H, stay, G=statistics.G, damping=damping)
+    return values.view_as(weight), values.view_as(weight) != 0
 
 
 Chooser = Callable[[Site, Tensor, Statistics | None], tuple[Tensor, Tensor]]

@@ -65,7 +65,7 @@ class Recover(Pass):
     batch_norm: BatchNorm = Field(
         "frozen",
         description="train: where it has not been folded yet, use the statistics of each batch and update "
-        "the running ones; helps after heavy pruning",
+        "the running ones",
     )
 
     @field_serializer("loss")

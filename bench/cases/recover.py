@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch import Tensor, nn
 
 import compress
 from bench import models
@@ -91,7 +90,7 @@ def _gradual(setup: Setup) -> Iterator[Measurement]:
 
 def _from_scratch(setup: Setup) -> Iterator[Measurement]:
     images, labels, test, test_labels = _images(setup)
-    images, test = (F.avg_pool2d(x, 2) for x in (images, test))
+    images, test = (nn.functional.avg_pool2d(x, 2) for x in (images, test))
     seeds, epochs = (1, 1) if setup.quick else (3, 15)
     found: dict[str, list[float]] = {}
     for ratios in ("erk", "uniform"):
