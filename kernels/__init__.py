@@ -9,4 +9,5 @@ from __future__ import annotations
 OPS: dict[str, str] = {
     "dequantize": "compress::dequantize",
     "dequantize_codebook": "compress::dequantize_codebook",
+    "w4_matmul": "compress::w4_matmul",
 }

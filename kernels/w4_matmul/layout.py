@@ -1,0 +1,143 @@
+"""The layouts of a 4-bit weight that `compress::w4_matmul` takes, and the way between them.
+
+``canonical`` is `compress.encoding`: codes ``uint8 [N, ceil(K/2)]``, scales ``[N, groups]``, zero points
+packed like the codes, or None. ``frag16_kw2`` and ``frag16_kw4`` are for the tensor cores::
+
+    codes        int32 [N/16, K/64, 32, 4]  `compress.kernels.layouts`; N padded to 64, K to whole steps
+    scales       [steps, N, S]              in the dtype they were given
+    zero_points  int32 [steps, N]           byte b of a word: zero point of the step's group b; None: 8
+
+A *step* is `S` groups of columns: what one iteration of the kernel takes. The kernel knows groups of 16, 32,
+64 and 128 columns; longer groups, and whole rows, are stored as several with the same scale. The codes that
+pad a weight only ever meet an `x` of zero or a scale of zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from compress.encoding import pack as pack_bits
+from compress.encoding import unpack as unpack_bits
+from compress.errors import PassError
+from compress.kernels.layouts import pack_frag16, unpack_frag16
+
+LAYOUTS = ("canonical", "frag16_kw2", "frag16_kw4")
+GROUPS = (128, 64, 32, 16)
+"""Columns per scale that the kernel knows, the longest first."""
+
+ROWS = 64
+"""The rows of a weight are padded to a multiple of this."""
+
+WASTE = 1 / 16
+"""Columns that may be padded, as a part of all, for a longer step."""
+
+
+def layout_for(capability: tuple[int, int]) -> str:
+    """The layout for a GPU, by its compute capability as `torch.cuda.get_device_capability` gives it.
+
+    >>> layout_for((9, 0)), layout_for((8, 9))
+    ('frag16_kw2', 'frag16_kw4')
+    """
+    return "frag16_kw2" if capability == (9, 0) else "frag16_kw4"
+
+
+def kernel_group(group_size: int, columns: int) -> int:
+    """Columns per scale in the device layout: the longest of `GROUPS` that divides the group.
+
+    Raises:
+        PassError: no length the kernel knows divides it.
+    """
+    if group_size >= columns:
+        return GROUPS[0]
+    for group in GROUPS:
+        if group_size % group == 0:
+            return group
+    raise PassError(
+        f"groups of {group_size} columns do not fit the tensor cores",
+        expected="a multiple of 16, or one group for the whole row",
+        fix='keep layout="canonical" for this weight',
+    )
+
+
+def step_groups(group: int, columns: int) -> int:
+    """Groups per step: four where that pads few columns, at least enough for 64 columns."""
+    least = max(1, 64 // group)
+    unpadded = math.ceil(columns / (least * group)) * least * group
+    for groups in (4, 2):
+        padded = math.ceil(columns / (groups * group)) * groups * group
+        if groups >= least and padded - unpadded <= WASTE * unpadded:
+            return groups
+    return least
+
+
+def pack(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int, columns: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring a canonical 4-bit weight into a layout.
+
+    Args:
+        codes: uint8 ``[N, ceil(columns/2)]``.
+        scales: ``[N, groups]``; they keep their dtype, and 16 bits are less to read than 32.
+        zero_points: uint8 ``[N, ceil(groups/2)]``, or None for the constant 8.
+        group_size: columns per scale.
+        columns: K, the columns of the weight.
+        layout: one of `LAYOUTS`.
+
+    Returns:
+        codes, scales and zero points as `compress::w4_matmul` takes them with this layout.
+
+    Raises:
+        PassError: there is no such layout, or it does not take groups of this size.
+    """
+    if layout == "canonical":
+        return codes, scales, zero_points
+    kwidth = kwidth_of(layout)
+    rows, groups = scales.shape
+    group = kernel_group(group_size, columns)
+    step = step_groups(group, columns)
+    steps = math.ceil(columns / (step * group))
+    fill = (0, steps * step * group - columns, 0, -rows % ROWS)
+    padded = torch.nn.functional.pad(unpack_bits(codes, 4, columns), fill, value=8)
+    places = torch.arange(steps * step, device=scales.device) * group // group_size
+    inside = places < groups
+    places = places.clamp(max=groups - 1)
+    spread = (scales[:, places] * inside).view(rows, steps, step).transpose(0, 1).contiguous()
+    words = None
+    if zero_points is not None:
+        bytes_ = unpack_bits(zero_points, 4, groups)[:, places].view(rows, steps, step).to(torch.int32)
+        shifts = 8 * torch.arange(step, dtype=torch.int32, device=codes.device)
+        words = (bytes_ << shifts).sum(-1, dtype=torch.int32).t().contiguous()
+    return pack_frag16(padded, kwidth), spread, words
+
+
+def unpack(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int, columns: int, layout: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of `pack`: a weight in any layout as canonical codes, scales and zero points."""
+    if layout == "canonical":
+        return codes, scales, zero_points
+    steps, rows, step = scales.shape
+    group = codes.shape[1] * 64 // (steps * step)
+    whole = unpack_frag16(codes, kwidth_of(layout))[:rows, :columns]
+    first = torch.arange(0, columns, min(group_size, columns), device=codes.device) // group
+    spread = scales.transpose(0, 1).reshape(rows, steps * step)[:, first]
+    packed = None
+    if zero_points is not None:
+        shifts = 8 * torch.arange(step, dtype=torch.int32, device=codes.device)
+        bytes_ = ((zero_points.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8)
+        packed = pack_bits(bytes_.reshape(rows, steps * step)[:, first], 4)
+    return pack_bits(whole, 4), spread, packed
+
+
+def kwidth_of(layout: str) -> int:
+    """2 or 4: what the name of a device layout ends in.
+
+    Raises:
+        PassError: there is no such layout.
+    """
+    if layout not in LAYOUTS[1:]:
+        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
+    return int(layout[-1])

@@ -1,0 +1,60 @@
+"""`compress::w4_matmul`, the operator: the reference on the CPU, Triton on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.errors import PassError
+from compress.kernels.w4_matmul import reference
+from compress.kernels.w4_matmul.layout import LAYOUTS
+
+
+@torch.library.custom_op("compress::w4_matmul", mutates_args=())
+def w4_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+) -> Tensor:
+    """``y[..., N] = x[..., K] @ W[N, K]^T`` with a packed 4-bit weight.
+
+    Args:
+        x: ``[..., K]``, a floating-point tensor.
+        codes, scales, zero_points: the weight in `layout`, as `layout.pack` beside this file makes it.
+        group_size: columns per scale of the canonical weight, at least 1.
+        columns: K.
+        layout: ``canonical``, ``frag16_kw2`` or ``frag16_kw4``.
+
+    Returns:
+        ``[..., N]`` in the dtype of `x`; sums are taken in float32.
+
+    Raises:
+        PassError: `x` does not have K columns, or there is no such layout.
+    """
+    _check(x, columns, layout)
+    return reference.w4_matmul(x, codes, scales, zero_points, group_size, columns, layout)
+
+
+@w4_matmul.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+) -> Tensor:
+    _check(x, columns, layout)
+    return x.new_empty(*x.shape[:-1], scales.shape[0 if layout == "canonical" else 1])
+
+
+def _check(x: Tensor, columns: int, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
+    if x.shape[-1] != columns:
+        raise PassError(f"x has {x.shape[-1]} columns, the weight has {columns}", expected="as many")
