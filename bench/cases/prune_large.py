@@ -2,14 +2,17 @@
 
 Llama-shaped, random weights in bfloat16, written to disk by this case and removed again. A process of its
 own (`bench/prune_file.py`) loads the file, prunes every linear layer but the head to 2:4 (`prune_chita`,
-objective `layer`, with the moments of both networks' inputs), and writes the weights. Its memory is read from
-/proc while it runs: what is resident, and what of that is its own (anonymous) or pages of mapped files. Then
-the solver alone, by width.
+objective `layer`, with the moments of both networks' inputs), and writes the weights. Where a control group
+can be made (Linux, as root) that process gets the size of the file and 3 GB, and is killed if it needs more.
+What is resident is read from /proc besides; of that, pages of the mapped file can be dropped and read again,
+and the rest cannot. Then the solver alone, by width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +30,9 @@ from compress.passes.solvers.alps import alps
 from compress.passes.solvers.masks import keep_n_of_m
 
 _WINDOWS, _TOKENS = 4, 512
+_SPARE = 3_000_000_000
+"""Bytes beyond the size of the file."""
+_GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def run(setup: Setup) -> list[Measurement]:
@@ -51,6 +57,10 @@ def _write_random(path: Path, builder: str) -> None:
         if empty.ndim > 1:
             state[name].normal_(std=empty.shape[1] ** -0.5, generator=generator)
     save_file(state, path)
+    # pages of a file count for whoever reads it first
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pruning(setup: Setup, source: Path, pruned: Path, builder: str) -> Iterator[Measurement]:
@@ -58,22 +68,29 @@ def _pruning(setup: Setup, source: Path, pruned: Path, builder: str) -> Iterator
     np.save(calibration, np.random.default_rng(0).integers(0, 32000, (_WINDOWS, _TOKENS)))
     program = ROOT / "bench" / "prune_file.py"
     words = [sys.executable, "-P", program, source, pruned, builder, calibration]
-    began = time.perf_counter()
-    with subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE) as process:
-        peaks = _watch(process)
-        assert process.stdout is not None
-        said = json.loads(process.stdout.read() or "{}")
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        raise RuntimeError(f"{program} failed with exit code {process.returncode}")
     size = source.stat().st_size
+    with _group(size + _SPARE) as group:
+        began = time.perf_counter()
+        with subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE) as process:
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(process.pid))
+            peaks = _watch(process)
+            assert process.stdout is not None
+            said = json.loads(process.stdout.read() or "{}")
+        seconds = time.perf_counter() - began
+    if process.returncode:
+        limit = f" under a limit of {(size + _SPARE) / 1e9:.2f} GB" if group is not None else ""
+        raise RuntimeError(f"{program} failed{limit} with exit code {process.returncode}")
     target = "" if setup.quick else ">= 1000"
     yield measured("parameters", said["parameters"] / 1e6, "M", target)
     yield measured("file", size / 1e9, "GB")
-    yield measured("peak memory beyond the size of the file", (peaks["VmHWM"] - size) / 1e9, "GB", "<= 3")
+    if group is not None:
+        yield true("runs in the size of the file and 3 GB", process.returncode == 0)
+    beyond = (peaks["RssAnon"] - size) / 1e9
+    yield measured("peak of anonymous memory beyond the size of the file", beyond, "GB", "<= 3")
+    yield measured("peak of resident memory", peaks["VmHWM"] / 1e9, "GB")
     yield measured("of it, before the file is opened", said["before"] / 1e9, "GB")
-    yield measured("peak of anonymous memory", peaks["RssAnon"] / 1e9, "GB")
-    yield measured("peak of mapped files", peaks["RssFile"] / 1e9, "GB")
+    yield measured("of it, at most mapped files", peaks["RssFile"] / 1e9, "GB")
     yield measured("whole run", seconds, "s")
     yield measured("processor time", said["processor"], "s")
     yield measured("of it, loading and capture", said["loading"], "s")
@@ -82,6 +99,22 @@ def _pruning(setup: Setup, source: Path, pruned: Path, builder: str) -> Iterator
     yield measured("time for a layer, calibration included", said["pruning"] / layers, "s")
     yield measured("mean relative error of a layer's output", said["error"])
     yield true("2:4 in all of them, in the file written", _two_of_four(pruned, said["pruned"]))
+
+
+@contextlib.contextmanager
+def _group(limit: int) -> Iterator[Path | None]:
+    """A control group with this much memory, pages of files included; None where none can be made."""
+    group = _GROUPS / f"compress-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        group.rmdir()
 
 
 def _watch(process: subprocess.Popen[bytes]) -> dict[str, int]:
