@@ -52,8 +52,14 @@ class Result:
     samples: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def module(self) -> fx.GraphModule:
-        """The compressed model as a callable `nn.Module` with the original's signature."""
-        return self.graph.module()
+        """The compressed model as a callable `nn.Module` with the original's signature.
+
+        4-bit linear layers and embeddings stay packed; other weights are decoded. See
+        `compress.kernels.runtime.CompressedModule`.
+        """
+        from compress.kernels.runtime import as_module
+
+        return as_module(self.graph)
 
 
 def run(

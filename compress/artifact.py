@@ -18,12 +18,14 @@ class Lowered:
         form: operators, e.g. "DequantizeLinear(INT4) -> MatMul".
         loads_as: what the target makes of it, e.g. "MatMulNBits" or "decoded at load".
         nodes: names of the file's nodes that decode it.
+        reason: why the target runs it as a float weight, where that is worth saying.
     """
 
     weight: str
     form: str
     loads_as: str
     nodes: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True)

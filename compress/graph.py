@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,7 @@ from compress.errors import InputSpecError, PassError
 from compress.inputs import InputSpec
 
 Kind = Literal["linear", "conv", "embedding"]
+Module = TypeVar("Module", bound=fx.GraphModule)
 
 _KINDS: dict[Any, tuple[Kind, int]] = {
     # operator -> (kind, position of the weight argument)
@@ -371,22 +372,26 @@ class Graph:
         """Flat outputs in the structure the user's model returns."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
-    def module(self) -> fx.GraphModule:
-        """A callable `nn.Module` with the signature of the captured one; weights keep their names."""
+    def module(self, kind: type[Module] = fx.GraphModule) -> Module:  # type: ignore[assignment]
+        """A callable `nn.Module` with the signature of the captured one; weights keep their names.
+
+        Args:
+            kind: the class of the module.
+        """
         graph = self.copy().ops
         graph.set_codegen(self.codegen)
-        return self._graph_module(graph)
+        return self._graph_module(graph, kind)
 
     def flat_module(self) -> fx.GraphModule:
         """A callable `nn.Module` from flat inputs to a flat tuple of outputs."""
-        return self._graph_module(self.copy().ops)
+        return self._graph_module(self.copy().ops, fx.GraphModule)
 
-    def _graph_module(self, graph: fx.Graph) -> fx.GraphModule:
+    def _graph_module(self, graph: fx.Graph, kind: type[Module]) -> Module:
         root: dict[str, Any] = dict(self.submodules)
         for name, tensor in self.tensors.items():
             trainable = tensor.is_floating_point() or tensor.is_complex()
             root[name] = torch.nn.Parameter(tensor, requires_grad=False) if trainable else tensor
-        return fx.GraphModule(root, graph, class_name="CompressedModule").eval()
+        return kind(root, graph, class_name="CompressedModule").eval()
 
 
 def argument(node: fx.Node, name: str, default: Any) -> Any:

@@ -1,0 +1,116 @@
+"""The compressed module: moved, copied, exported and compiled like any other."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.errors import CompressError
+from compress.kernels.fuse import W4_MATMUL
+from compress.kernels.runtime import CompressedModule, packed_parts
+from compress.testing import MODELS, assert_close, make
+
+
+@pytest.fixture(scope="module")
+def result() -> compress.Result:
+    example = MODELS["encoder"]
+    return compress.run(make("encoder"), "int4", inputs=example.specs, calibration=[example.inputs(6)])
+
+
+def products(graph: torch.fx.Graph) -> int:
+    return sum(n.target is W4_MATMUL for n in graph.nodes)
+
+
+def test_the_module_computes_what_the_graph_computes(result: compress.Result) -> None:
+    module = result.module()
+    assert isinstance(module, CompressedModule)
+    assert products(module.graph) == 5
+    ids, mask = MODELS["encoder"].inputs(4)
+    for outputs in (module(ids, mask), copy.deepcopy(module)(ids, mask)):
+        want = dict(zip(outputs, result.graph.run([ids, mask]), strict=True))
+        for name, value in outputs.items():
+            assert_close(want[name], value, db=110)
+
+
+def test_state_is_the_canonical_packing(result: compress.Result) -> None:
+    module = result.module()
+    state = module.state_dict()
+    for name, encoded in result.graph.encodings.items():
+        for part, tensor in encoded.parts.items():
+            assert torch.equal(state[f"{name}.{part}"], tensor)
+    assert set(packed_parts(module)) == {n for n in state if n.endswith(("codes", "scales", "zero_points"))}
+    other = copy.deepcopy(module)  # a module shares its tensors with the graph
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[n], state[n]) for n in state)
+
+
+def test_export_keeps_the_operators(result: compress.Result) -> None:
+    batch = torch.export.Dim.DYNAMIC
+    shapes = ({0: batch, 1: batch}, {0: batch, 1: batch})
+    program = torch.export.export(result.module(), MODELS["encoder"].inputs(2), dynamic_shapes=shapes)
+    assert products(program.graph) == 5
+    ids, mask = (t[:, :7] for t in MODELS["encoder"].inputs(6))
+    assert torch.equal(program.module()(ids, mask)["hidden"], result.module()(ids, mask)["hidden"])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_whole(result: compress.Result, backend: str) -> None:
+    seen: list[int] = []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        seen.append(products(module.graph))
+        return torch._dynamo.lookup_backend(backend)(module, inputs)
+
+    inputs = MODELS["encoder"].inputs(2)
+    compiled = torch.compile(result.module(), backend=counting, fullgraph=True)
+    assert_close(result.module()(*inputs)["hidden"], compiled(*inputs)["hidden"], db=110)
+    assert seen == [5]
+
+
+class Masked(nn.Module):
+    """Makes tensors of its own, as rotary positions and causal masks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1])
+        allowed = steps[:, None] >= steps
+        scores = torch.where(allowed, x @ x.transpose(1, 2), torch.full((), -1e9))
+        out: Tensor = self.linear(scores.softmax(-1) @ x)
+        return out
+
+
+def test_tensors_are_made_where_the_module_is() -> None:
+    x = torch.randn(2, 5, 24)
+    module = compress.run(Masked(), "int4", example_inputs=(x,)).module().to("meta")
+    assert {t.device.type for t in module.state_dict().values()} == {"meta"}
+    assert module(x.to("meta")).device.type == "meta"
+    devices = [v for n in module.graph.nodes for v in (*n.args, *n.kwargs.values())]
+    assert {v.type for v in devices if isinstance(v, torch.device)} == {"meta"}
+
+
+def test_casts_are_refused_and_leave_the_module_as_it_was(result: compress.Result) -> None:
+    module = result.module()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(CompressError, match=r"torch.float32 cannot be made one of torch.float16"):
+        module.half()
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    module.to("cpu", torch.float32)
+
+
+def test_scales_stay_exact_in_half_precision() -> None:
+    inputs = MODELS["encoder"].inputs(2)
+    module = compress.run(make("encoder").bfloat16(), "int4", example_inputs=inputs).module()
+    module.bfloat16()  # the habit of writing .to("cuda", torch.bfloat16)
+    scales = [t for n, t in module.state_dict().items() if n.endswith("scales")]
+    assert scales and all(t.dtype == torch.float32 for t in scales)
+    assert module(*inputs)["hidden"].dtype == torch.bfloat16
