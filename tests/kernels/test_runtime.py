@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.errors import CompressError
+from compress.errors import CompressError, PassError
 from compress.kernels.fuse import W4_MATMUL
-from compress.kernels.runtime import CompressedModule, packed_parts
+from compress.kernels.runtime import CompressedModule, for_device, packed_parts
 from compress.testing import MODELS, assert_close, make
 
 
@@ -114,3 +114,72 @@ def test_scales_stay_exact_in_half_precision() -> None:
     scales = [t for n, t in module.state_dict().items() if n.endswith("scales")]
     assert scales and all(t.dtype == torch.float32 for t in scales)
     assert module(*inputs)["hidden"].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def tied() -> compress.Result:
+    example = MODELS["tied_lm"]
+    return compress.run(make("tied_lm"), "int4", inputs=example.specs, calibration=[example.inputs(6)])
+
+
+LAYOUTS = ("frag16_kw2", "frag16_kw4")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["result", "tied"])
+def test_device_layouts_compute_the_same(name: str, layout: str, request: pytest.FixtureRequest) -> None:
+    result: compress.Result = request.getfixturevalue(name)
+    module, inputs = result.module(), tuple(t[:2] for t in result.samples[0])
+    want = torch.utils._pytree.tree_leaves(module(*inputs))
+    before = module.state_dict()
+    for_device(module, layout)
+    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {layout}
+    for a, b in zip(want, torch.utils._pytree.tree_leaves(module(*inputs)), strict=True):
+        assert_close(a, b, db=110)
+    # what only products read is there once, in the layout of the device
+    names = [n for n, _ in module.named_buffers()]
+    assert "mlp.weight.codes" not in names and "up.weight.codes" not in names
+    assert ("embed.weight.codes" in names) == ("embed.weight.codes" in before)
+    after = module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    module.cpu()
+    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {"canonical"}
+    assert {n: type(t) for n, t in module.named_parameters()}.keys() == {
+        n for n, _ in result.module().named_parameters()
+    }
+    for a, b in zip(want, torch.utils._pytree.tree_leaves(module(*inputs)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_state_is_taken_in_any_layout(tied: compress.Result, layout: str) -> None:
+    source = tied.module()
+    other = copy.deepcopy(source)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    for_device(other, layout)
+    whole = nn.ModuleDict({"model": copy.deepcopy(other)})  # as a part of another module too
+    other.load_state_dict(source.state_dict())
+    whole.load_state_dict({f"model.{n}": t for n, t in source.state_dict().items()})
+    (ids,) = MODELS["tied_lm"].inputs(2)
+    for module in (other, whole["model"]):
+        assert_close(source(ids), module(ids), db=110)
+    state = whole.state_dict()
+    assert {n.removeprefix("model.") for n in state} == set(source.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({n: t for n, t in source.state_dict().items() if n != "mlp.weight.scales"})
+
+
+def test_a_gpu_gets_its_layout(tied: compress.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `.to` decides, without a GPU: the meta device plays its part."""
+    chosen = {"meta": "frag16_kw4", "cpu": "canonical"}
+    monkeypatch.setattr("compress.kernels.runtime.layout_of", lambda device: chosen[device.type])
+    module = tied.module().to("meta")
+    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {"frag16_kw4"}
+    (ids,) = MODELS["tied_lm"].inputs(2)
+    assert module(ids.to("meta")).shape == (2, 9, 200)
+
+
+def test_an_unknown_layout(tied: compress.Result) -> None:
+    with pytest.raises(PassError, match="there is no layout 'diagonal'"):
+        for_device(tied.module(), "diagonal")
