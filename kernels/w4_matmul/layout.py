@@ -44,33 +44,31 @@ def layout_for(capability: tuple[int, int]) -> str:
     return "frag16_kw2" if capability == (9, 0) else "frag16_kw4"
 
 
-def kernel_group(group_size: int, columns: int) -> int:
-    """Columns per scale in the device layout: the longest of `GROUPS` that divides the group.
+def step_of(group_size: int, columns: int) -> tuple[int, int]:
+    """Columns per scale and groups per step of the device layout.
+
+    The longest group the kernel knows that divides the given one, and four of it to a step or two: the first
+    choice that pads few columns.
 
     Raises:
-        PassError: no length the kernel knows divides it.
+        PassError: no group the kernel knows divides it.
+
+    >>> step_of(128, 4096), step_of(128, 384)
+    ((128, 4), (64, 2))
     """
-    if group_size >= columns:
-        return GROUPS[0]
-    for group in GROUPS:
-        if group_size % group == 0:
-            return group
-    raise PassError(
-        f"groups of {group_size} columns do not fit the tensor cores",
-        expected="a multiple of 16, or one group for the whole row",
-        fix='keep layout="canonical" for this weight',
-    )
-
-
-def step_groups(group: int, columns: int) -> int:
-    """Groups per step: four where that pads few columns, at least enough for 64 columns."""
-    least = max(1, 64 // group)
-    unpadded = math.ceil(columns / (least * group)) * least * group
-    for groups in (4, 2):
-        padded = math.ceil(columns / (groups * group)) * groups * group
-        if groups >= least and padded - unpadded <= WASTE * unpadded:
-            return groups
-    return least
+    groups = [g for g in GROUPS if group_size >= columns or group_size % g == 0]
+    if not groups:
+        raise PassError(
+            f"groups of {group_size} columns do not fit the tensor cores",
+            expected="a multiple of 16, or one group for the whole row",
+            fix='keep layout="canonical" for this weight',
+        )
+    least = math.ceil(columns / 64) * 64
+    # 16-bit scales are read in pairs, and a tile has 64 columns: no fewer than two groups, no less than 64
+    steps = [(g, s) for g in groups for s in (4, 2) if g * s >= 64]
+    padded = [math.ceil(columns / (g * s)) * g * s for g, s in steps]
+    fitting = [step for step, all_ in zip(steps, padded, strict=True) if all_ - least <= WASTE * least]
+    return fitting[0] if fitting else steps[-1]
 
 
 def pack(
@@ -96,8 +94,7 @@ def pack(
         return codes, scales, zero_points
     kwidth = kwidth_of(layout)
     rows, groups = scales.shape
-    group = kernel_group(group_size, columns)
-    step = step_groups(group, columns)
+    group, step = step_of(group_size, columns)
     steps = math.ceil(columns / (step * group))
     fill = (0, steps * step * group - columns, 0, -rows % ROWS)
     padded = torch.nn.functional.pad(unpack_bits(codes, 4, columns), fill, value=8)

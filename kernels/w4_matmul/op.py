@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
-from compress.errors import PassError
+from compress.encoding import dequantize
+from compress.errors import MissingExtra, PassError
 from compress.kernels.w4_matmul import reference
-from compress.kernels.w4_matmul.layout import LAYOUTS
+from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of
 
 
 @torch.library.custom_op("compress::w4_matmul", mutates_args=())
@@ -34,6 +37,7 @@ def w4_matmul(
 
     Raises:
         PassError: `x` does not have K columns, or there is no such layout.
+        MissingExtra: on a GPU, where a device layout needs Triton.
     """
     _check(x, columns, layout)
     return reference.w4_matmul(x, codes, scales, zero_points, group_size, columns, layout)
@@ -51,6 +55,31 @@ def _(
 ) -> Tensor:
     _check(x, columns, layout)
     return x.new_empty(*x.shape[:-1], scales.shape[0 if layout == "canonical" else 1])
+
+
+@w4_matmul.register_kernel("cuda")
+def on_gpu(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+) -> Tensor:
+    """The same, on a GPU: device layouts by Triton, the canonical one by decoding the whole weight."""
+    _check(x, columns, layout)
+    if layout == "canonical":
+        weight = dequantize(codes, scales.float(), zero_points, 4, group_size, [scales.shape[0], columns])
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return reference.w4_matmul(x, codes, scales, zero_points, group_size, columns, layout)
+    if importlib.util.find_spec("triton") is None:
+        raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
+    from compress.kernels.w4_matmul import triton
+
+    with torch.cuda.device(x.device):
+        return triton.w4_matmul(x, codes, scales, zero_points, columns, kwidth_of(layout))
 
 
 def _check(x: Tensor, columns: int, layout: str) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.encoding import IntEncoding, encode
-from compress.errors import PassError
-from compress.kernels.w4_matmul.layout import LAYOUTS, kernel_group, layout_for, pack, step_groups, unpack
-from compress.kernels.w4_matmul.op import w4_matmul
+from compress.errors import MissingExtra, PassError
+from compress.kernels.w4_matmul.layout import LAYOUTS, layout_for, pack, step_of, unpack
+from compress.kernels.w4_matmul.op import on_gpu, w4_matmul
 
 DEVICE = LAYOUTS[1:]
 
@@ -76,8 +76,9 @@ def test_device_layout_one_step_at_a_time(layout: str, group_size: int) -> None:
     rows, columns = 40, 600
     (codes, scales, zeros), width, _ = weight(rows, columns, group_size, symmetric=False)
     device_codes, device_scales, words = pack(codes, scales, zeros, width, columns, layout)
-    group = kernel_group(width, columns)
-    steps, out_rows, step = device_scales.shape
+    group, step = step_of(width, columns)
+    steps, out_rows, _ = device_scales.shape
+    assert device_scales.shape[2] == step
     assert out_rows == rows and words is not None and words.shape == (steps, rows)
     assert device_codes.shape[0] * 16 == 64
     assert device_codes.shape[1] * 64 == steps * step * group >= columns
@@ -101,20 +102,22 @@ def test_scales_keep_their_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "columns", "groups"),
+    ("group_size", "columns", "expected"),
     [
-        (128, 4096, 4),
-        (128, 11008, 4),
-        (128, 384, 1),
-        (128, 512, 4),
-        (64, 384, 2),
-        (32, 384, 4),
-        (32, 64, 2),
-        (16, 7, 4),
+        (128, 4096, (128, 4)),
+        (256, 11008, (128, 4)),
+        (128, 1280, (128, 2)),
+        (128, 384, (64, 2)),
+        (384, 384, (64, 2)),
+        (64, 192, (32, 2)),
+        (32, 384, (32, 4)),
+        (48, 480, (16, 4)),
+        (100, 100, (64, 2)),
+        (7, 7, (32, 2)),
     ],
 )
-def test_steps_pad_few_columns(group: int, columns: int, groups: int) -> None:
-    assert step_groups(group, columns) == groups
+def test_steps_pad_few_columns(group_size: int, columns: int, expected: tuple[int, int]) -> None:
+    assert step_of(group_size, columns) == expected
 
 
 def test_the_layout_of_a_gpu() -> None:
@@ -193,3 +196,22 @@ def test_wrong_columns_are_said() -> None:
     canonical, width, _ = weight(4, 32, 16, symmetric=True)
     with pytest.raises(PassError, match="x has 31 columns"):
         w4_matmul(torch.randn(2, 31), *canonical, width, 32, "canonical")
+
+
+def test_on_a_gpu_what_is_not_for_the_kernel_is_decoded() -> None:
+    """The canonical layout, and x in float32: no kernel of ours, and so to be tried here."""
+    canonical, width, values = weight(20, 96, 32, symmetric=False)
+    packed = pack(*canonical, width, 96, "frag16_kw2")
+    x = torch.randn(3, 96)
+    for arguments in ((*canonical, width, 96, "canonical"), (*packed, width, 96, "frag16_kw2")):
+        torch.testing.assert_close(
+            on_gpu(x, *arguments).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    canonical, width, _ = weight(4, 64, 32, symmetric=True)
+    packed = pack(*canonical, width, 64, "frag16_kw2")
+    with pytest.raises(MissingExtra, match=r"pip install 'compress-models\[triton\]'"):
+        on_gpu(torch.randn(2, 64).bfloat16(), *packed, width, 64, "frag16_kw2")

@@ -1,0 +1,107 @@
+"""Compiling Triton kernels for a GPU that is not here, and reading what became of them.
+
+What decides the speed of these kernels can be seen in the machine code: that nothing spills, that weights go
+from memory to the matrix instruction without a detour through shared memory, and how many instructions a
+weight costs. Importing this file needs `triton`, whose own `ptxas` and `cuobjdump` it runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one compute capability.
+
+    Attributes:
+        ttgir, ptx, sass: the stages of the program as text.
+        registers: per thread.
+        spilled: bytes that did not fit them, stored and loaded.
+        shared: bytes of shared memory per block.
+    """
+
+    ttgir: str
+    ptx: str
+    sass: str
+    registers: int
+    spilled: int
+    shared: int
+
+    def loop(self) -> Counter[str]:
+        """Opcodes of the longest loop, such as ``LDGSTS.E.BYPASS.128``, and how often each stands in it."""
+        found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?(.+?);", self.sass, re.MULTILINE)
+        code = [(int(address, 16), text) for address, text in found]
+        bodies = []
+        for address, text in code:
+            target = re.search(r"0x([0-9a-f]+)", text)
+            if text.startswith("BRA") and target and int(target[1], 16) < address:
+                bodies.append([t for a, t in code if int(target[1], 16) <= a <= address])
+        return Counter(text.split()[0] for text in max(bodies, key=len, default=[]))
+
+
+def compile_for(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Compiled:
+    """Compile a kernel without a GPU.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        types: of the arguments at run time, as Triton writes them: ``*bf16``, ``i32``.
+        constants: the others.
+        aligned: arguments divisible by 16, as Triton finds them at run time; pointers among them.
+        capability: 90 for 9.0.
+        warps, stages: of the launch.
+    """
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=dict(constants),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(built.asm["cubin"])
+        ptx.write_text(built.asm["ptx"])
+        sass = _output(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin)
+        architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        # the metadata of the compiled kernel does not say what spilled
+        told = _output(get_ptxas(capability).path, f"-arch={architecture}", "-v", ptx, "-o", cubin)
+    spills = re.findall(r"(\d+) bytes spill", told)
+    registers = re.search(r"Used (\d+) registers", told)
+    if not spills or registers is None:
+        raise RuntimeError(f"ptxas says nothing of registers and spills: {told}")
+    return Compiled(
+        built.asm["ttgir"],
+        built.asm["ptx"],
+        sass,
+        int(registers[1]),
+        sum(map(int, spills)),
+        built.metadata.shared,
+    )
+
+
+def _output(*words: Any) -> str:
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
