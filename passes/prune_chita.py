@@ -84,8 +84,8 @@ class PruneChita(Pass):
     ridge: float | None = Field(
         None,
         gt=0,
-        description="of the mean Fisher information, by default the best on held-out samples, or 0.05; "
-        "with objective layer of the mean square input, 0.03 by default",
+        description="of the mean Fisher information; by default the best on held-out samples with method "
+        "best or first_order, else 0.05; with objective layer of the mean square input, 0.03 by default",
     )
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"
@@ -182,7 +182,8 @@ class PruneChita(Pass):
     def _stage(
         self, graph: Graph, names: tuple[str, ...], data: _Data, sparsity: float, seed: int
     ) -> Solution:
-        fitting, held_out = data.split(self.mini_batch) if self.method == "best" else (data, data)
+        chooses = self.method == "best" or (self.first_order and self.ridge is None)
+        fitting, held_out = data.split(self.mini_batch) if chooses else (data, data)
         if not self._labelled:
             fitting = replace(fitting, labels=None)
         generator = torch.Generator().manual_seed(seed)
@@ -205,7 +206,7 @@ class PruneChita(Pass):
             ridge=self.ridge,
             # in the units of sums over mini-batches divided by the root of their size
             first_order=self.mini_batch**-0.5 if self.first_order else 0.0,
-            judge=judge,
+            judge=judge if chooses else None,
         )
 
     def _layer_wise(

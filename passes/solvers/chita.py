@@ -15,11 +15,14 @@ block-diagonal in the rows (output channels) of the weights: n samples cannot te
 depend on each other. Supports come from magnitudes, from saliencies of Optimal Brain Surgeon with the
 blocks of rows as Hessian, removed in rounds with a back-solve after each (Hassibi & Stork 1993; Singh &
 Alistarh 2020), or from iterative hard thresholding (section 3.1).
+
+With ``c > 0`` the solution is a damped Gauss-Newton step on the support. Its damping and its length (c in
+units of the true first-order term) are chosen by the loss on other samples (as in Marquardt 1963).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,8 +98,8 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
 
     "model", by Woodbury's identity, with S the support and R the rest:
     ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 (G_R w~_R - c 1)``, one factorisation of an n x n
-    matrix, in double precision. "row": the same for each row of each weight alone, in the smaller of its
-    two forms.
+    matrix, in double precision; where fewer weights stay than there are samples, of the matrix
+    ``G_S^T G_S + n ridge I`` instead. "row": the same for each row of each weight alone.
 
     Args:
         masks: bool ``[O, K]`` each, True = kept.
@@ -106,18 +109,54 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     """
     if block == "row":
         return tuple(_rows(problem, i, mask)[0] for i, mask in enumerate(masks))
-    n = problem.samples
-    kernel = torch.zeros(n, n, dtype=torch.float64)
+    return joint_solutions(problem, masks, [(problem.ridge, problem.first_order)])[0]
+
+
+def joint_solutions(
+    problem: Quadratic, masks: tuple[Tensor, ...], choices: Sequence[tuple[float, float]]
+) -> list[tuple[Tensor, ...]]:
+    """`back_solve` over all weights jointly, for several (ridge, c) at little more than the cost of one."""
+    removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
+    missing = problem.times(removed).double()
+    form = _by_weights if sum(int(m.sum()) for m in masks) < problem.samples else _by_samples
+    return [
+        tuple(torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, change, strict=True))
+        for change in form(problem, masks, missing, choices)
+    ]
+
+
+def _by_samples(
+    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, choices: Sequence[tuple[float, float]]
+) -> Iterator[tuple[Tensor, ...]]:
+    """``G^T (G_S G_S^T + n ridge I)^-1 (missing - c 1)``, right on the support."""
+    kernel = torch.zeros(problem.samples, problem.samples, dtype=torch.float64)
     for gradients, mask in zip(problem.gradients, masks, strict=True):
         kernel += gradients.gram(mask)
-    kernel.diagonal().add_(n * max(problem.ridge, _LEAST_RIDGE))
-    removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
-    r = (problem.times(removed) - problem.first_order).double()
-    z = torch.cholesky_solve(r.unsqueeze(1), torch.linalg.cholesky(kernel)).squeeze(1).float()
-    return tuple(
-        torch.where(m, w + g.transposed(z), 0.0)
-        for w, m, g in zip(problem.weights, masks, problem.gradients, strict=True)
-    )
+    for ridge, c in choices:
+        z = _solved(kernel, problem.samples * ridge, missing - c).float()
+        yield tuple(g.transposed(z) for g in problem.gradients)
+
+
+def _by_weights(
+    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, choices: Sequence[tuple[float, float]]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same as ``(G_S^T G_S + n ridge I)^-1 G_S^T (missing - c 1)`` on the support, zero elsewhere."""
+    g = torch.cat([g.columns(m) for g, m in zip(problem.gradients, masks, strict=True)], 1)
+    product, wide = (g.T @ g).double(), g.T.double()
+    sizes = [int(m.sum()) for m in masks]
+    for ridge, c in choices:
+        parts = _solved(product, problem.samples * ridge, wide @ (missing - c)).float().split(sizes)
+        yield tuple(
+            torch.zeros_like(w).masked_scatter_(m, part)
+            for w, m, part in zip(problem.weights, masks, parts, strict=True)
+        )
+
+
+def _solved(matrix: Tensor, ridge: float, r: Tensor) -> Tensor:
+    """``(A + ridge I)^-1 r``, float64 ``[m]``."""
+    ridged = matrix.clone()
+    ridged.diagonal().add_(max(ridge, _LEAST_RIDGE))
+    return torch.cholesky_solve(r.unsqueeze(1), torch.linalg.cholesky(ridged)).squeeze(1)
 
 
 def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = False) -> tuple[Tensor, Tensor]:
@@ -266,6 +305,10 @@ _BY: dict[str, Callable[[Quadratic, float, Scope], Solution]] = {
 
 RIDGES = (0.05, 0.2, 0.8)
 """Of the mean diagonal of the Fisher information; the first one is tried with every support."""
+TRAINING_RIDGES = (1.0, 0.3, 0.1, 0.03)
+"""The same where the first-order term is kept: the damping of a step of Levenberg and Marquardt."""
+_STEPS = (1.0, 2.0, 4.0, 8.0)
+"""Lengths of such a step: the empirical Fisher information of a poor network is larger than the curvature."""
 
 
 def solve(
@@ -289,19 +332,40 @@ def solve(
         method: `obs`: Optimal Brain Surgeon by rows; `obd`: Optimal Brain Damage, solved jointly;
             `magnitude`: the largest weights, solved jointly; `thresholding`: iterations from there; `best`:
             what the judge likes best of these, of the other form of the Fisher information, and of ridges.
-        ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first.
+        ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, for all of
+            `TRAINING_RIDGES` with a first-order term, else for the first.
         first_order: c of the model.
-        judge: for `best`, the loss of given weights on samples that `gradients` does not hold.
+        judge: where there is something to choose, the loss of given weights on samples that `gradients` does
+            not hold.
     """
     unit = mean_diagonal(gradients)
-    ridges = RIDGES if ridge is None else (ridge,)
+    if ridge is not None:
+        ridges: tuple[float, ...] = (ridge,)
+    else:
+        ridges = TRAINING_RIDGES if first_order else RIDGES
     first, *others = (
         Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), first_order) for relative in ridges
     )
-    if method != "best":
-        return _BY[method](first, sparsity, scope)
-    if judge is None:
-        raise ValueError("method best needs a judge")
+    if method == "best":
+        if judge is None:
+            raise ValueError("method best needs a judge")
+        found = _best(first, others, sparsity, scope, judge)
+    else:
+        found = _BY[method](first, sparsity, scope)
+    if not first_order or judge is None or ridge is not None:
+        return found
+    choices = [(unit * r, first_order * step) for r in ridges for step in _STEPS]
+    values = (found.values, *joint_solutions(first, found.masks, choices))
+    return replace(found, values=min(values, key=judge))
+
+
+def _best(
+    first: Quadratic,
+    others: Sequence[Quadratic],
+    sparsity: float,
+    scope: Scope,
+    judge: Callable[[tuple[Tensor, ...]], float],
+) -> Solution:
     obs, magnitude = by_obs(first, sparsity, scope), by_magnitude(first, sparsity, scope)
     tried = [obs, again(first, obs, "model"), magnitude, again(first, magnitude, "row")]
     tried.append(by_obd(first, sparsity, scope))

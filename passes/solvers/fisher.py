@@ -136,6 +136,13 @@ class Gradients:
             .clone(memory_format=torch.contiguous_format)
         )
 
+    def columns(self, mask: Tensor) -> Tensor:
+        """Gradients of some entries of the weight, row after row: float32 ``[n, entries]``."""
+        parts = [
+            self.rows(start, stop).transpose(0, 1)[:, mask[start:stop]] for start, stop in self._chunks()
+        ]
+        return torch.cat(parts, 1)
+
     def dense(self) -> Tensor:
         """The products: float32 ``[n, O, K]``."""
         if self.product is not None:

@@ -19,6 +19,7 @@ from compress.passes.solvers.chita import (
     by_obd,
     by_obs,
     by_thresholding,
+    joint_solutions,
     mean_diagonal,
     solve,
 )
@@ -205,6 +206,33 @@ def test_solve_by_one_method(method: str) -> None:
     assert found.block == ("row" if method == "obs" else "model")
     with pytest.raises(ValueError, match="needs a judge"):
         solve(weights, gradients, 0.6)
+
+
+@pytest.mark.parametrize("n", [6, 60])
+def test_solutions_for_several_ridges_and_steps_are_those_of_each(n: int) -> None:
+    """Six samples for thirty weights, and sixty."""
+    masks = masks_like(example(n, 0), 1, 0.7)
+    choices = [(0.1, 0.0), (0.1, 4.0), (2.0, 1.0)]
+    for (ridge, c), found in zip(choices, joint_solutions(example(n, 0), masks, choices), strict=True):
+        problem = example(n, 0, ridge=ridge, first_order=c)
+        assert_close(explicit(problem, flat(masks), "model"), flat(found), db=60)
+
+
+def test_a_training_step_is_the_one_the_judge_likes() -> None:
+    """It may be a long one, or none but the pruning."""
+    problem = example(8, 0, rows=7, columns=11)
+    weights, gradients = problem.weights, problem.gradients
+    unit = mean_diagonal(gradients)
+    one = solve(weights, gradients, 0.6, method="obd", ridge=1.0, first_order=1.0)
+    (far,) = joint_solutions(problem, one.masks, [(0.03 * unit, 8.0)])
+    assert float((flat(far) - flat(one.values)).norm()) > 1
+    for wanted in (far, one.values):
+
+        def distance(values: tuple[Tensor, ...], wanted: tuple[Tensor, ...] = wanted) -> float:
+            return float((flat(values) - flat(wanted)).norm())
+
+        found = solve(weights, gradients, 0.6, method="obd", first_order=1.0, judge=distance)
+        assert_close(flat(wanted), flat(found.values), db=60)
 
 
 def test_ridge_is_relative_to_the_fisher_information() -> None:
