@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from compress.api import Result, export, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
+from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
@@ -22,6 +23,8 @@ from compress.sparse import FixedMasks
 
 __all__ = [
     "Artifact",
+    "BitmapEncoding",
+    "BitmapWeight",
     "Change",
     "CodebookEncoding",
     "CodebookWeight",

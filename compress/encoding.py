@@ -25,7 +25,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -90,8 +90,10 @@ class Encoded(ABC):
     Attributes:
         encoding: the format; its ``str`` names it in reports.
         shape, dtype: of the weight that `decode` gives.
+        trained: the part that fine-tuning changes.
     """
 
+    trained: ClassVar[str] = "scales"
     encoding: Any
     shape: tuple[int, ...]
     dtype: torch.dtype

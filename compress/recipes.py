@@ -128,24 +128,28 @@ passes:
 metadata:
   name: sparse50
   description: >-
-    Half of all weights set to zero, by magnitude over the whole model. No gain in ONNX Runtime by itself.
+    Half of all weights set to zero, by magnitude over the whole model, and left out of the file. No gain of
+    time in ONNX Runtime.
 passes:
   - pass: cleanup
   - pass: prune_magnitude
     sparsity: 0.5
+  - pass: pack_sparse
 """,
     "sparse90": """
 metadata:
   name: sparse90
   description: >-
     Nine of ten weights set to zero, gradually, while the model is trained towards its own outputs on your
-    samples; give it thousands. For photographs add `augment: [crop, flip]`.
+    samples; give it thousands. The file is an eighth of the size; no gain of time in ONNX Runtime. For
+    photographs add `augment: [crop, flip]`.
 passes:
   - pass: prune_gradual
     sparsity: 0.9
-    epochs: 50
-    learning_rate: 0.002
+    epochs: 20
+    learning_rate: 0.003
   - pass: cleanup
+  - pass: pack_sparse
 """,
 }
 

@@ -45,15 +45,21 @@ _CHECKPOINTS = 20
 
 def trainable(graph: Graph, sites: Iterable[Site]) -> tuple[str, ...]:
     """Names of the tensors that fine-tuning changes: weights of these sites and their biases, and scales and
-    shifts of the normalisation layers; of encoded weights the scales.
+    shifts of the normalisation layers; of encoded weights the scales, or the values of a bitmap.
     """
     chosen = dict.fromkeys(site.weight for site in sites)
-    names = dict.fromkeys(f"{w}.scales" if w in graph.encodings else w for w in chosen)
+    names = dict.fromkeys(trained_part(graph, weight) for weight in chosen)
     left_alone = {site.node for site in graph.sites() if site.weight not in chosen}
     for node in graph.ops.nodes:
         if node.name not in left_alone:
             names.update(dict.fromkeys(_vectors(graph, node)))
     return tuple(name for name in names if graph.tensors[name].is_floating_point())
+
+
+def trained_part(graph: Graph, weight: str) -> str:
+    """Name of the tensor that is trained: the weight itself, or a part of it where it is encoded."""
+    encoded = graph.encodings.get(weight)
+    return weight if encoded is None else f"{weight}.{encoded.trained}"
 
 
 def _vectors(graph: Graph, node: fx.Node) -> list[str]:
@@ -443,6 +449,7 @@ def _optimizer(variables: list[Tensor], plan: Plan) -> torch.optim.Optimizer:
 def _store(graph: Graph, values: dict[str, Tensor]) -> None:
     graph.tensors.update(values)
     for name, encoded in graph.encodings.items():
-        if f"{name}.scales" in values:
+        part = trained_part(graph, name)
+        if part in values:
             # `Encoded` is abstract, and cannot say that all of its kinds are dataclasses
-            graph.encodings[name] = replace(encoded, scales=values[f"{name}.scales"])  # type: ignore[type-var]
+            graph.encodings[name] = replace(encoded, **{encoded.trained: values[part]})  # type: ignore[type-var]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.artifact import Artifact, Lowered
+from compress.bitmap import BitmapWeight
 from compress.codebook import CodebookWeight
 from compress.encoding import EncodedWeight
 from compress.errors import CompressError, ExportError, MissingExtra, OutputError
@@ -69,7 +70,7 @@ class OnnxExporter:
                     "which ONNX Runtime has no CPU kernels; convert the module with .float() first"
                 )
         for name, encoded in graph.encodings.items():
-            if not isinstance(encoded, EncodedWeight | CodebookWeight):
+            if not isinstance(encoded, EncodedWeight | CodebookWeight | BitmapWeight):
                 reasons.append(f"{name} is encoded as {encoded.encoding}, which has no ONNX form")
         if graph.submodules:
             reasons.append("the model holds sub-graphs (torch.cond or similar), which are not written yet")
@@ -125,6 +126,7 @@ def build_model(
     _packages()
     import onnx_ir as ir
 
+    from compress.exporters.onnx_bitmap import lower_bitmaps
     from compress.exporters.onnx_codebook import lower_codebooks
     from compress.exporters.onnx_forms import faster_forms
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
@@ -144,7 +146,9 @@ def build_model(
     encoded = graph.encodings.items()
     integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
     codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
-    lowered = lower_weights(model, integers, fold_below=fold_below) + lower_codebooks(model, codebooks)
+    bitmaps = {name: weight for name, weight in encoded if isinstance(weight, BitmapWeight)}
+    lowered = lower_weights(model, integers, fold_below=fold_below)
+    lowered += lower_codebooks(model, codebooks) + lower_bitmaps(model, bitmaps)
     if faster:
         faster_forms(model)
     common = ir.passes.common

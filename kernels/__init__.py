@@ -9,5 +9,6 @@ from __future__ import annotations
 OPS: dict[str, str] = {
     "dequantize": "compress::dequantize",
     "dequantize_codebook": "compress::dequantize_codebook",
+    "expand_bitmap": "compress::expand_bitmap",
     "w4_matmul": "compress::w4_matmul",
 }

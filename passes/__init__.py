@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
 from compress.passes.mixed_precision import MixedPrecision
+from compress.passes.pack_sparse import PackSparse
 from compress.passes.prune_chita import PruneChita
 from compress.passes.prune_gradual import PruneGradual
 from compress.passes.prune_magnitude import PruneMagnitude
@@ -18,6 +19,7 @@ from compress.pipeline import Pass
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "mixed_precision": MixedPrecision,
+    "pack_sparse": PackSparse,
     "prune_chita": PruneChita,
     "prune_gradual": PruneGradual,
     "prune_magnitude": PruneMagnitude,

@@ -35,6 +35,7 @@ from compress.training import (
     mse_loss,
     running_statistics,
     trainable,
+    trained_part,
 )
 
 
@@ -73,10 +74,10 @@ class Recover(Pass):
         return loss if isinstance(loss, str) else f"{loss.__module__}:{loss.__qualname__}"
 
     def may_change(self, graph: Graph) -> set[str]:
-        scales = {f"{name}.scales": name for name in graph.encodings}
+        parts = {trained_part(graph, name): name for name in graph.encodings}
         statistics = running_statistics(graph) if self.batch_norm == "train" else ()
         names = (*trainable(graph, self.select(graph)), *statistics)
-        return {scales.get(name, name) for name in names}
+        return {parts.get(name, name) for name in names}
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         fitted = self._fit(graph, context)
