@@ -7,7 +7,7 @@ print(compress.verify(artifact, result.reference))
 
 from __future__ import annotations
 
-from compress.api import Result, export, random_masks, run, sparse_train, verify
+from compress.api import Result, export, load, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
@@ -47,6 +47,7 @@ __all__ = [
     "Verification",
     "capture",
     "export",
+    "load",
     "random_masks",
     "run",
     "sparse_train",

@@ -1,4 +1,4 @@
-"""The four calls everything else is made of: capture, run, export, verify; and sparse training.
+"""The calls everything else is made of: capture, run, export, verify, load; and sparse training.
 
 This is the one core module that looks up passes and exporters, and it does so when it is called, so
 importing `compress` needs only torch.
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from compress.artifact import Artifact, Verification
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing, load_calibration
-from compress.errors import ExportError, OutputError, PassError, RecipeError
+from compress.errors import ExportError, ModelFileError, OutputError, PassError, RecipeError
 from compress.examples import first_sample
 from compress.graph import Graph
 from compress.inputs import InputSpec
@@ -256,6 +256,38 @@ def export(
         graph, path, samples=samples, metadata=metadata, results=results, decode=decode
     )
     return artifact
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", decode: Literal["run", "load"] | None = None
+) -> fx.GraphModule:
+    """Open a model compressed for target torch, as a module in eval mode. Runs no code from the file.
+
+    Args:
+        path: a file that `export` wrote with target "torch".
+        device: where to put it; on a GPU, packed weights take the layout of its tensor cores.
+        decode: "run" keeps 4-bit weights packed in memory, "load" decodes all weights now, for float speed in
+            float memory; by default what the file was written with.
+
+    Returns:
+        `compress.kernels.runtime.CompressedModule`, called like the original; Hugging Face outputs are dicts.
+
+    Raises:
+        ModelFileError: the file is missing, damaged, or no such file.
+    """
+    from compress.kernels.runtime import as_module
+    from compress.package import read_metadata, read_package
+    from compress.sniff import FileKind, sniff
+
+    path = Path(path)
+    found = sniff(path)
+    if found.kind is not FileKind.PACKAGE:
+        raise ModelFileError(
+            f"{path} is {found.kind.value} ({found.detail})",
+            expected="a file written by compress for target torch",
+            fix=f"compress {path} --target torch -o model.safetensors",
+        )
+    return as_module(read_package(path), decode or read_metadata(path).get("decode", "run")).to(device)
 
 
 def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | None] = ()) -> None:

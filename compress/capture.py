@@ -77,6 +77,9 @@ def capture(
             "tokenizer": loaded.tokenizer,
         }
         module = loaded.module
+        if isinstance(module, Graph):  # a compressed model: captured long ago
+            module.meta.update({key: value for key, value in meta.items() if value})
+            return module
         if not specs and example_inputs is None:
             specs = _hinted(loaded)
     if isinstance(module, torch.export.ExportedProgram):

@@ -27,11 +27,13 @@ from compress.checkpoint import (
     shown,
 )
 from compress.errors import CaptureError, MissingExtra, ModelFileError, UntrustedFileError
+from compress.graph import Graph
+from compress.package import read_package
 from compress.sniff import FileKind, Sniffed, sniff
 
 __all__ = ["LoadedModel", "load_model", "resolve_callable", "torchscript_to_module"]
 
-Loaded = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram
+Loaded = nn.Module | torch.jit.ScriptModule | torch.export.ExportedProgram | Graph
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class LoadedModel:
     """A loaded model and where it came from.
 
     Args:
-        module: a module in eval mode on the CPU, a ScriptModule, or an ExportedProgram.
+        module: a module in eval mode on the CPU, a ScriptModule, an ExportedProgram, or the graph of a
+            compressed model.
         kind: what the file was.
         sha256: hex digest of the file; for a folder, of the names and digests of its weight and
             config files in sorted order.
@@ -62,8 +65,8 @@ def load_model(
     """Load a model from whatever `path` turns out to be; its suffix does not matter.
 
     Args:
-        path: a file of torch.save, torch.jit.save, torch.export.save or safetensors, or a Hugging
-            Face folder.
+        path: a file of torch.save, torch.jit.save, torch.export.save or safetensors, a model compressed
+            for target torch, or a Hugging Face folder.
         model: for files that hold only weights: builds the module they belong to. A callable without
             arguments, or where to import it from (``package.module:callable``, ``file.py:callable``).
             What it builds on the meta device takes the tensors of the file without copying them.
@@ -96,7 +99,8 @@ def load_model(
         notes.append(f"--model was not used: the {found.kind.value} holds the module itself")
     if isinstance(module, nn.Module):
         module.eval()
-    check_finite(module, path)
+    if not isinstance(module, Graph):
+        check_finite(module, path)
     return LoadedModel(module, found.kind, digest, hints, tokenizer, tuple(notes))
 
 
@@ -115,6 +119,8 @@ def _load_file(path: Path, found: Sniffed, model: Builder | None, trust: bool, n
         case FileKind.PICKLED:
             _need_trust(path, found, trust)
             return _load_pickled(path, model, notes)
+        case FileKind.PACKAGE:
+            return read_package(path)
         case FileKind.EXPORTED_PROGRAM:
             _need_trust(path, found, trust)
             return _load_program(path)

@@ -23,6 +23,9 @@ from typing import IO, cast
 from compress.errors import ModelFileError
 from compress.pickles import LARGEST_PICKLE, LEGACY_MAGIC, Bounded, PickleScan, scan_pickle
 
+PACKAGE_KEY = "compress"
+"""The entry of a safetensors header that makes the file a compressed model (`compress.package`)."""
+
 _LARGEST_HEADER = 100_000_000  # of a safetensors file; the library's own limit
 
 # TorchScript code that runs while loading, or that reaches files or the network when run.
@@ -60,6 +63,7 @@ class FileKind(enum.Enum):
     EXPORTED_PROGRAM = "exported program"
     TORCH_PACKAGE = "torch.package"
     SAFETENSORS = "safetensors"
+    PACKAGE = "compressed model"  # safetensors that hold the operators too
     ONNX = "ONNX"
     HF_FOLDER = "Hugging Face folder"
 
@@ -336,12 +340,14 @@ def _sniff_safetensors(path: Path, file: IO[bytes], size: int) -> Sniffed:
     try:
         header = json.loads(file.read(length))
         tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+        packaged = PACKAGE_KEY in header.get("__metadata__", {})
         end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
     except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise cut from error
     if 8 + length + end != size:
         raise cut
-    return Sniffed(FileKind.SAFETENSORS, f"{len(tensors)} tensors")
+    kind = FileKind.PACKAGE if packaged else FileKind.SAFETENSORS
+    return Sniffed(kind, f"{len(tensors)} tensors")
 
 
 def _onnx_fields(file: IO[bytes], size: int) -> int | None:
