@@ -99,7 +99,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="OUT",
     help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder.",
 )
-@click.option("--target", default="onnx", show_default=True, help="What to write.")
+@click.option("--target", help="onnx, or torch. Default: torch if OUT ends in .safetensors, onnx otherwise.")
 @click.option(
     "--decode",
     type=click.Choice(["run", "load"]),
@@ -145,7 +145,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="N,N,..",
     help="Batch sizes to time; empty for no timing.",
 )
-@click.option("--threads", default=1, show_default=True, help="Threads of ONNX Runtime while timing.")
+@click.option("--threads", default=1, show_default=True, help="Threads of the runtime while timing.")
 @click.option(
     "--max-memory",
     default="2GB",
@@ -157,13 +157,13 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], trust: bool, recipe: str, output: str | None,
-    target: str, decode: Any, calibration: str | None, tokenizer: str | None, normalize: str | None,
+    target: str | None, decode: Any, calibration: str | None, tokenizer: str | None, normalize: str | None,
     samples: int, metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str,
     threads: int, max_memory: str, seed: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
-    from compress.api import check_output
+    from compress.api import check_output, target_of
     from compress.loading import resolve_callable
 
     began = time.perf_counter()
@@ -175,11 +175,9 @@ def run(
     if min_speedup is not None and not sizes:
         raise InputSpecError("--min-speedup needs a timing", fix="give at least one batch size")
     memory, norm = _bytes(max_memory), _mean_std(normalize)
-    path = (
-        Path(output)
-        if output
-        else Path(f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}.onnx")
-    )
+    target = target or target_of(output or "")
+    stem = f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}"
+    path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
     check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, metric))
     eval_fn = resolve_callable(metric, what="--eval") if metric else None
     with _Watching(quiet) as progress:
@@ -207,11 +205,13 @@ def run(
         report.artifact = compress.export(
             result.graph, path, target, samples=result.samples[:1], results=results, decode=decode
         )
-    packed = any("MatMulNBits" in form.loads_as for form in report.artifact.lowered)
+    kernels = ("MatMulNBits", "w4_matmul")
+    packed = any(kernel in form.loads_as for form in report.artifact.lowered for kernel in kernels)
     if packed and report.slower():
         report.warnings.append(
             "slower than float at some batch sizes: --decode load keeps the file this small "
             "at float speed and float memory"
+            + ("; kernels for packed weights run on GPUs" if target == "torch" else "")
         )
     report.seconds = time.perf_counter() - began
     written = report.write(path)

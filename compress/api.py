@@ -6,7 +6,6 @@ importing `compress` needs only torch.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +226,7 @@ def export(
     Args:
         graph: from `run(...).graph` or `capture`.
         path: the file to write; replaced if it exists.
-        target: "onnx".
+        target: "onnx", or "torch": a file for `load`.
         samples: real flat inputs to prove it on, besides two random shapes.
         results: called with the proven file before it takes its name; what it returns is stored in it.
         decode: "run" leaves large weights packed in memory, and the runtime decodes them as it
@@ -243,7 +242,9 @@ def export(
             expected="a Graph",
             fix="compress.run(model, …).graph, or compress.capture(model, …) to write it uncompressed",
         )
-    exporter = _exporter(target)
+    from compress.exporters import find
+
+    exporter = find(target)
     if decode not in ("run", "load"):
         raise ExportError(f"decode is {decode!r}", expected='"run" or "load"')
     path = Path(path)
@@ -290,6 +291,11 @@ def load(
     return as_module(read_package(path), decode or read_metadata(path).get("decode", "run")).to(device)
 
 
+def target_of(path: str | Path) -> str:
+    """The target that the name of a file stands for: "torch" for names of PyTorch files, "onnx" otherwise."""
+    return "torch" if Path(path).suffix in (".safetensors", ".pt", ".pth", ".pt2") else "onnx"
+
+
 def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | None] = ()) -> None:
     """Find out before any work is done whether a file can be written here.
 
@@ -301,8 +307,10 @@ def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | No
     Raises:
         ExportError, OutputError, MissingExtra.
     """
+    from compress.exporters import find
+
     path = Path(path)
-    _exporter(target).check(path)
+    find(target).check(path)
     for given in keep:
         for name in {given or "", (given or "").rpartition(":")[0]} - {""}:
             if path.exists() and Path(name).exists() and path.samefile(name):
@@ -317,11 +325,11 @@ def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: An
         reference: the original; a module is captured with the artifact's own inputs.
         options: of `compress.exporters.verify.verify`: samples, eval_fn, batch_sizes, threads, seconds.
     """
-    from compress.exporters.verify import verify as verify_onnx
+    from compress.exporters.verify import verify as verify_file
 
     if not isinstance(reference, Graph):
         reference = capture(reference, inputs=artifact.graph.inputs)
-    return verify_onnx(artifact, reference, **options)
+    return verify_file(artifact, reference, **options)
 
 
 def pass_table() -> Mapping[str, type[Pass]]:
@@ -420,12 +428,3 @@ def _layer_latency(*args: Any) -> dict[str, list[float]]:
     from compress.exporters.latency import layer_latencies
 
     return layer_latencies(*args)
-
-
-def _exporter(target: str) -> Any:
-    from compress.exporters import EXPORTERS
-
-    if target not in EXPORTERS:
-        raise ExportError(f"there is no target {target!r}", expected=f"one of {', '.join(EXPORTERS)}")
-    module, name = EXPORTERS[target].split(":")
-    return getattr(importlib.import_module(module), name)()

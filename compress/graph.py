@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,6 @@ from compress.errors import InputSpecError, PassError
 from compress.inputs import InputSpec
 
 Kind = Literal["linear", "conv", "embedding"]
-Module = TypeVar("Module", bound=fx.GraphModule)
 
 _KINDS: dict[Any, tuple[Kind, int]] = {
     # operator -> (kind, position of the weight argument)
@@ -372,7 +371,7 @@ class Graph:
         """Flat outputs in the structure the user's model returns."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
-    def module(self, kind: type[Module] = fx.GraphModule) -> Module:  # type: ignore[assignment]
+    def module(self, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
         """A callable `nn.Module` with the signature of the captured one; weights keep their names.
 
         Args:
@@ -382,11 +381,11 @@ class Graph:
         graph.set_codegen(self.codegen)
         return self._graph_module(graph, kind)
 
-    def flat_module(self) -> fx.GraphModule:
-        """A callable `nn.Module` from flat inputs to a flat tuple of outputs."""
-        return self._graph_module(self.copy().ops, fx.GraphModule)
+    def flat_module(self, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
+        """A callable `nn.Module` from flat inputs to a flat tuple of outputs; `kind` as for `module`."""
+        return self._graph_module(self.copy().ops, kind)
 
-    def _graph_module(self, graph: fx.Graph, kind: type[Module]) -> Module:
+    def _graph_module(self, graph: fx.Graph, kind: type[fx.GraphModule]) -> fx.GraphModule:
         root: dict[str, Any] = dict(self.submodules)
         for name, tensor in self.tensors.items():
             trainable = tensor.is_floating_point() or tensor.is_complex()

@@ -104,6 +104,11 @@ def write_package(graph: Graph, path: Path, metadata: Mapping[str, Any] | None =
     save_file({name: _own(tensor) for name, tensor in graph.tensors.items()}, path, {PACKAGE_KEY: text})
 
 
+def program(graph: Graph) -> str:
+    """All of a graph but its tensors, as it stands in a file; equal for equal graphs."""
+    return _dump(_program(graph))
+
+
 def add_metadata(path: Path, more: Mapping[str, Any]) -> None:
     """Add to the metadata of a written package; its tensors are copied as they are."""
     with path.open("rb") as file:

@@ -255,6 +255,19 @@ def example_inputs(graph: Graph, sizes: dict[str, int], seed: int = 0) -> list[t
     ]
 
 
+def shapes_to_try(graph: Graph) -> list[dict[str, int]]:
+    """Two assignments of the dynamic dimensions, as different as the captured sizes allow."""
+    first: dict[str, int] = {}
+    for spec in graph.inputs:
+        for axis, symbol in spec.dynamic:
+            first.setdefault(symbol, max(2, spec.shape[axis]))
+    if not first:
+        return [{}]
+    # smaller, not larger: a position table ends somewhere
+    second = {s: (3 if s == "batch" else max(2, n // 2 + 1)) for s, n in first.items()}
+    return [{**first, **({"batch": 2} if "batch" in first else {})}, second]
+
+
 @dataclass(frozen=True)
 class PassReport:
     """One pass of a run: what it was asked, what it did, what it declined, how long it took."""

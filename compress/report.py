@@ -58,10 +58,12 @@ class Report:
             for change in step.changes:
                 merged[change.weight].append(change)
         unfused = set(self.verification.unfused) if self.verification else set()
+        floats = {form.weight: form.reason for form in self.artifact.lowered} if self.artifact else {}
         rank = {weight: i for i, weight in enumerate(self.order)}
         rows = []
         for weight, changes in sorted(merged.items(), key=lambda item: rank.get(item[0], len(rank))):
             last = changes[-1]
+            note = f"decoded at load: {floats[weight]}" if floats.get(weight) else ""
             rows.append(
                 {
                     "layer": last.site,
@@ -71,7 +73,7 @@ class Report:
                     "bytes_before": changes[0].bytes_before,
                     "bytes": last.bytes_after,
                     "error": math.sqrt(sum(c.error**2 for c in changes)),
-                    "note": "decoded on every call: slow" if weight in unfused else "",
+                    "note": "decoded on every call: slow" if weight in unfused else note,
                 }
             )
         return rows
@@ -232,7 +234,7 @@ def _markdown_verification(v: Verification) -> list[str]:
         lines += [f"| | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
     if v.timings:
         threads = v.environment.get("threads", 1)
-        lines += ["", "## Speed", "", f"ONNX Runtime {v.environment.get('onnxruntime', '')}, "
+        lines += ["", "## Speed", "", f"{v.environment.get('runtime', '')}, "
                   f"{threads} thread{'' if threads == 1 else 's'}, {v.environment.get('processor', '')}; "
                   "medians of interleaved runs against the uncompressed export. The speed-up is the median "
                   "of the ratios of neighbouring runs, ± half their interquartile range.", ""]  # fmt: skip

@@ -12,6 +12,20 @@ from compress.artifact import Artifact
 from compress.graph import Graph
 
 
+class Running(Protocol):
+    """A written file as its runtime runs it."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What results depend on, for reports; ``runtime`` is its name and version."""
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs that have a name, for flat inputs, all on the CPU."""
+
+    def call(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """One call on these inputs, for timing: it returns when the outputs are there."""
+
+
 class Exporter(Protocol):
     """Writes a graph as a file for one target."""
 
@@ -56,3 +70,16 @@ class Exporter(Protocol):
             VerificationError: the file does not compute what the graph computes.
             OutputError: the file cannot be written.
         """
+
+    def open(self, path: Path, *, threads: int = 1) -> Running:
+        """Load a file as users will run it.
+
+        Raises:
+            VerificationError, ModelFileError: it cannot be loaded.
+        """
+
+    def write_float(self, graph: Graph, path: Path) -> None:
+        """Write an uncompressed graph, unproven: what the compressed file is timed against."""
+
+    def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
+        """Weights that the runtime decodes whenever it reads them: small, but slow."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,17 @@ class Session:
             ) from error
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the results depend on, for reports."""
+        version = runtime().__version__
+        return {"runtime": f"ONNX Runtime {version}", "onnxruntime": version}
+
+    def call(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """One call on these inputs, for timing."""
+        feed = self.feed(inputs)
+        return lambda: self.session.run(None, feed)
 
     def feed(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
         return {n: t.detach().contiguous().numpy() for n, t in zip(self.inputs, inputs, strict=True)}

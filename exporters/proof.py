@@ -10,7 +10,7 @@ for floats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,25 +88,43 @@ def prove(
         codes = {name: found.pop(name) for name in taps}
         results = _run_with(plain, inputs, codes, None if inexact else shapes)
         wanted = plain.named(results)
-        for (name, have), want in zip(found.items(), wanted, strict=True):
+        for name, want in zip(found, wanted, strict=True):
             if want.is_complex():
                 raise ExportError(
                     f"output {name} is complex, and ONNX has no complex outputs",
                     fix="return torch.view_as_real(...) of it, or its .real and .imag",
                 )
-            if want.shape != have.shape:
-                raise VerificationError(
-                    f"at inputs {shapes} the file's {name} is {list(have.shape)}",
-                    expected=f"{list(want.shape)} as in the graph",
-                    fix="fix that dimension in the input spec with '!' and run again",
-                )
-            quality = sqnr_db(want, have)
-            worst = min(worst, quality)
-            if quality < limit:
-                raise VerificationError(
-                    f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
-                    expected=f"at least {limit:.0f} dB; nothing was written",
-                )
+        worst = min(worst, compare(found, wanted, limit, shapes))
+    return worst
+
+
+def compare(found: Mapping[str, Tensor], wanted: Sequence[Tensor], limit: float, shapes: str) -> float:
+    """Worst SQNR in dB of a file's outputs.
+
+    Args:
+        found: outputs of the file by name.
+        wanted: those of the graph, in the same order.
+        limit: the least that passes, in dB.
+        shapes: of the inputs, for the message.
+
+    Raises:
+        VerificationError: a shape is another, or an output is further off than the limit.
+    """
+    worst = float("inf")
+    for (name, have), want in zip(found.items(), wanted, strict=True):
+        if want.shape != have.shape:
+            raise VerificationError(
+                f"at inputs {shapes} the file's {name} is {list(have.shape)}",
+                expected=f"{list(want.shape)} as in the graph",
+                fix="fix that dimension in the input spec with '!' and run again",
+            )
+        quality = sqnr_db(want, have)
+        worst = min(worst, quality)
+        if quality < limit:
+            raise VerificationError(
+                f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
+                expected=f"at least {limit:.0f} dB; nothing was written",
+            )
     return worst
 
 

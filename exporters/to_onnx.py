@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,12 +23,13 @@ from compress.artifact import Artifact, Lowered
 from compress.bitmap import BitmapWeight
 from compress.codebook import CodebookWeight
 from compress.encoding import EncodedWeight
-from compress.errors import CompressError, ExportError, MissingExtra, OutputError
+from compress.errors import ExportError, MissingExtra
 from compress.exporters.onnx_activations import translations
-from compress.exporters.ort import runtime
+from compress.exporters.ort import Session, decoded_on_every_call, runtime
 from compress.exporters.proof import mark_roundings, prove
+from compress.exporters.publish import check_writable, publish, temporary
 from compress.graph import Graph
-from compress.pipeline import example_inputs
+from compress.pipeline import example_inputs, shapes_to_try
 from compress.progress import quiet
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class OnnxExporter:
         """See `compress.exporters.exporter.Exporter.check`."""
         runtime()
         _packages()
-        _check_writable(path)
+        check_writable(path)
 
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; empty if none is known."""
@@ -94,7 +92,7 @@ class OnnxExporter:
             raise ExportError("; ".join(reasons))
         model, lowered = build_model(graph, decode)
         model.metadata_props.update(_as_text(metadata or {}))
-        with _temporary(path) as folder:
+        with temporary(path) as folder:
             written = _save(model, folder / path.name)
             trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
             worst = prove(written[0], graph, lowered, [*trials, *samples])
@@ -102,9 +100,25 @@ class OnnxExporter:
             artifact = Artifact(written[0], self.target, graph, size, tuple(lowered), worst)
             if results is not None:
                 _add_metadata(written[0], {"results": results(artifact)})
-            _publish(written, path)
+            publish(written, path)
         size = sum((path.parent / f.name).stat().st_size for f in written)
         return replace(artifact, path=path, nbytes=size)
+
+    def open(self, path: Path, *, threads: int = 1) -> Session:
+        """See `compress.exporters.exporter.Exporter.open`."""
+        return Session(path, threads=threads)
+
+    def write_float(self, graph: Graph, path: Path) -> None:
+        """See `compress.exporters.exporter.Exporter.write_float`."""
+        import onnx_ir as ir
+
+        model, _ = build_model(graph, faster=False)
+        ir.save(model, path, external_data=path.name + ".data")
+
+    def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
+        """See `compress.exporters.exporter.Exporter.decoded_on_every_call`."""
+        decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
+        return decoded_on_every_call(artifact.path, decoders) if decoders else []
 
 
 @quiet()
@@ -219,19 +233,6 @@ def _two_or_more(graph: Graph) -> list[Tensor]:
     return example_inputs(graph, shapes_to_try(graph)[0])
 
 
-def shapes_to_try(graph: Graph) -> list[dict[str, int]]:
-    """Two assignments of the dynamic dimensions, as different as the captured sizes allow."""
-    first: dict[str, int] = {}
-    for spec in graph.inputs:
-        for axis, symbol in spec.dynamic:
-            first.setdefault(symbol, max(2, spec.shape[axis]))
-    if not first:
-        return [{}]
-    # smaller, not larger: a position table ends somewhere
-    second = {s: (3 if s == "batch" else max(2, n // 2 + 1)) for s, n in first.items()}
-    return [{**first, **({"batch": 2} if "batch" in first else {})}, second]
-
-
 def _first_cause(error: BaseException) -> str:
     """The innermost message, one line: torch.onnx wraps the reason in advice."""
     found = re.search(r"No ONNX function found for (<[^>]*>|\S+)", str(error))
@@ -300,33 +301,6 @@ def _packages() -> None:
         raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
 
 
-def _check_writable(path: Path) -> None:
-    folder = path.parent if str(path.parent) else Path()
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", expected="a file name such as model.onnx")
-    if not folder.is_dir():
-        raise OutputError(f"the folder {folder} does not exist", fix=f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} is not writable", fix="choose another place with -o")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise OutputError(f"{path} is write-protected", fix="choose another name with -o")
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A folder beside the output, so that the final rename stays on one file system."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder)
-    except CompressError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}",
-            fix="free some room, or choose -o elsewhere",
-        ) from error
-
-
 def _save(model: ir.Model, path: Path) -> list[Path]:
     import onnx_ir as ir
 
@@ -354,14 +328,6 @@ def _add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     for key, value in _as_text(metadata).items():
         model.metadata_props.add(key=key, value=value)
     onnx.save(model, path)
-
-
-def _publish(written: Sequence[Path], path: Path) -> None:
-    # the data first: a crash in between leaves no .onnx that points to nothing
-    for source in reversed(written):
-        with source.open("rb") as file:
-            os.fsync(file.fileno())
-        source.replace(path.parent / source.name)
 
 
 def _version() -> str:

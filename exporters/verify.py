@@ -21,11 +21,11 @@ from torch import Tensor
 
 from compress.artifact import Artifact, Comparison, Timing, Verification
 from compress.errors import CompressError, InputSpecError, VerificationError
-from compress.exporters.ort import Session, decoded_on_every_call, runtime
-from compress.exporters.to_onnx import build_model, shapes_to_try
+from compress.exporters import find
+from compress.exporters.exporter import Exporter, Running
 from compress.graph import Graph
 from compress.numerics import Agreement
-from compress.pipeline import example_inputs
+from compress.pipeline import example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
 
 EvalFn = Callable[[torch.nn.Module], float]
@@ -52,7 +52,7 @@ def verify(
         described: where the samples came from, for the report.
         eval_fn: the user's metric of a module, higher is better.
         batch_sizes: sizes to time at, where the batch is dynamic; empty to skip timing.
-        threads: of ONNX Runtime.
+        threads: of the runtime.
         seconds: time spent on each batch size.
 
     Raises:
@@ -61,14 +61,14 @@ def verify(
     """
     progress = progress or Silent()
     progress.start("verify", 2 + len(batch_sizes) + (3 if eval_fn else 0))
-    session = Session(artifact.path, threads=threads)
+    exporter: Exporter = find(artifact.target)
+    session = exporter.open(artifact.path, threads=threads)
     plain = artifact.graph.decoded()
     inputs = _inputs(reference, samples)
     progress.step("fidelity")
     comparisons = _compare(session, plain, reference, inputs)
     progress.step("fusion")
-    decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
-    unfused = decoded_on_every_call(artifact.path, decoders) if decoders else []
+    unfused = exporter.decoded_on_every_call(artifact)
     metric: dict[str, float] = {}
     if eval_fn is not None:
         models = {
@@ -80,7 +80,7 @@ def verify(
             progress.step(f"metric of the {name}")
             metric[name] = _evaluate(eval_fn, module)
     timings, float_bytes = _time(
-        artifact.path, session, reference, inputs[0], batch_sizes, threads, seconds, progress
+        exporter, session, reference, inputs[0], batch_sizes, threads, seconds, progress
     )
     progress.finish()
     return Verification(
@@ -90,18 +90,14 @@ def verify(
         float_bytes=float_bytes,
         unfused=tuple(unfused),
         metric=metric,
-        environment={
-            "onnxruntime": runtime().__version__,
-            "threads": threads,
-            "processor": processor(),
-        },
+        environment={**session.environment, "threads": threads, "processor": processor()},
     )
 
 
 class FileModule(torch.nn.Module):
     """A written file with the call signature of the captured model."""
 
-    def __init__(self, session: Session, graph: Graph) -> None:
+    def __init__(self, session: Running, graph: Graph) -> None:
         super().__init__()
         self.session = session
         self.graph = graph
@@ -140,7 +136,7 @@ def _narrow(reference: Graph, sample: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _compare(
-    session: Session, plain: Graph, reference: Graph, inputs: Sequence[Sequence[Tensor]]
+    session: Running, plain: Graph, reference: Graph, inputs: Sequence[Sequence[Tensor]]
 ) -> list[Comparison]:
     names = [n for n in reference.output_names if n is not None]
     pairs = ("file vs original", "compressed graph vs original", "file vs compressed graph")
@@ -178,8 +174,8 @@ def _evaluate(eval_fn: EvalFn, module: torch.nn.Module) -> float:
 
 
 def _time(
-    path: Path,
-    session: Session,
+    exporter: Exporter,
+    session: Running,
     reference: Graph,
     sample: Sequence[Tensor],
     batch_sizes: Sequence[int],
@@ -189,14 +185,11 @@ def _time(
 ) -> tuple[list[Timing], int]:
     if not batch_sizes:
         return [], 0
-    import onnx_ir as ir
-
     with tempfile.TemporaryDirectory(prefix="compress-float-") as folder:
-        baseline = Path(folder) / "float.onnx"
-        model, _ = build_model(reference, faster=False)
-        ir.save(model, baseline, external_data="float.onnx.data")
+        baseline = Path(folder) / f"float{exporter.suffix}"
+        exporter.write_float(reference, baseline)
         nbytes = sum(f.stat().st_size for f in Path(folder).iterdir())
-        original = Session(baseline, threads=threads)
+        original = exporter.open(baseline, threads=threads)
         timings = []
         for size in batch_sizes if _has_batch(reference) else [0]:
             progress.step(f"speed at batch {size}" if size else "speed")
@@ -230,19 +223,18 @@ def _sizes(reference: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
 
 
 def _pairwise(
-    original: Session, compressed: Session, inputs: Sequence[Tensor], sizes: dict[str, int], seconds: float
+    original: Running, compressed: Running, inputs: Sequence[Tensor], sizes: dict[str, int], seconds: float
 ) -> Timing:
-    feed = original.feed(inputs)
-    other = compressed.feed(inputs)
+    calls = (original.call(inputs), compressed.call(inputs))
     pairs: list[tuple[float, float]] = []
     clock = time.perf_counter
     end = clock() + seconds
     while len(pairs) < 5 or (clock() < end and len(pairs) < 300):
         pair = []
-        for session, values in ((original, feed), (compressed, other)):
-            session.session.run(None, values)  # warm: the other file has just been through the caches
+        for call in calls:
+            call()  # warm: the other file has just been through the caches
             began = clock()
-            session.session.run(None, values)
+            call()
             pair.append(clock() - began)
         pairs.append((pair[0], pair[1]))
     ratios = sorted(a / b for a, b in pairs)

@@ -50,9 +50,7 @@ def fuse(graph: Graph, decode: Decode = "run") -> tuple[Graph, tuple[Lowered, ..
     found = []
     for name, encoded in graph.encodings.items():
         readers, reason = _readers(fused, name, encoded)
-        if decode == "load":
-            reason = "asked for"
-        if reason:
+        if reason or decode == "load":
             # where the weight is not float32, the cast that follows is a no-op on the plain value
             fused.set_weight(name, encoded.decode())
             found.append(Lowered(name, "float", "decoded at load", reason=reason))

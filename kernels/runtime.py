@@ -72,7 +72,9 @@ def as_module(graph: Graph, decode: Decode = "run") -> CompressedModule:
         graph: left as it is; tensors are shared.
         decode: as for `compress.kernels.fuse.fuse`.
     """
-    return fuse(graph, decode)[0].module(CompressedModule)
+    module = fuse(graph, decode)[0].module(CompressedModule)
+    assert isinstance(module, CompressedModule)
+    return module
 
 
 def layout_of(device: torch.device) -> str:

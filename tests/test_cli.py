@@ -137,6 +137,27 @@ def test_the_same_command_writes_the_same_bytes(folder: Path, capsys: pytest.Cap
     assert files[0] == files[1]
 
 
+def test_a_file_for_pytorch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import compress as library
+
+    words = (*GOOD, "-r", "int4", "-c", "data.npz", "--eval", "net.py:agreement")
+    code, out, err = compress(*words, "-o", "m.safetensors", capsys=capsys)
+    assert code == 0, err
+    assert "decoded at load: no kernel for conv2d" in out
+    module = library.load("m.safetensors")
+    assert module(torch.randn(5, 3, 12, 12)).shape == (5, 10)
+    first = Path("m.safetensors").read_bytes()
+    assert str(folder).encode() not in first
+    assert compress(*words, "-q", "-o", "again.safetensors", capsys=capsys)[0] == 0
+    assert Path("again.safetensors").read_bytes() == first
+    # and on to ONNX, or another recipe
+    assert "fc1" in compress("inspect", "m.safetensors", capsys=capsys)[1]
+    code, out, err = compress("m.safetensors", "-r", "int8-weight-only", "--batch-sizes", "", capsys=capsys)
+    assert code == 0 and Path("m-int8-weight-only.onnx").exists(), err
+    code, out, err = compress(*words, "-o", "m.pt2", capsys=capsys)
+    assert code == 2 and "m.safetensors" in err
+
+
 def test_default_name_and_quiet(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = compress(*GOOD, "--quiet", capsys=capsys)
     assert code == 0

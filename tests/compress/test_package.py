@@ -150,7 +150,7 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "code as an argument": (lambda d: d["arguments"].__setitem__(0, f"x={INJECTION}"), "no name of"),
     "code as a keyword": (lambda d: node(d, "aten::linear")[3].update({INJECTION: 1}), "no name of"),
     "code as a tensor": (lambda d: node(d, "tensor").__setitem__(2, f'q"),{INJECTION},("'), "no tensor"),
-    "a type that is none": (lambda d: node(d, "aten::to.dtype")[2].__setitem__(1, {"dtype": "os"}), "no dtype"),
+    "no dtype": (lambda d: node(d, "aten::to.dtype")[2].__setitem__(1, {"dtype": "os"}), "is no dtype"),
     "a loop": (lambda d: node(d, "aten::linear")[2].__setitem__(0, {"node": "output"}), "damaged"),
     "a later version": (lambda d: d.update(format=99), "format 99"),
     "nothing": (lambda d: d.clear(), "no program"),

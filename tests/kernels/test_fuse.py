@@ -69,7 +69,8 @@ def test_what_stays_packed_and_what_not() -> None:
     assert "conv2d" in forms["conv1.weight"].reason
     forms = {f.weight: f for f in fuse(encoded(captured("encoder"), 8, 32, True))[1]}
     assert "int8" in forms["q.weight"].reason
-    assert all(f.reason == "asked for" for f in fuse(encoded(captured("encoder"), 4, 32, False), "load")[1])
+    whole = fuse(encoded(captured("encoder"), 4, 32, False), "load")[1]
+    assert {(f.loads_as, f.reason) for f in whole} == {("decoded at load", "")}
 
 
 def test_a_tied_weight_is_there_once() -> None:
