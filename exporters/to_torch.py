@@ -21,7 +21,7 @@ from compress.errors import ExportError, OutputError, VerificationError
 from compress.exporters.proof import compare
 from compress.exporters.publish import check_writable, publish, temporary
 from compress.graph import Graph
-from compress.kernels.fuse import Decode, fuse
+from compress.kernels.fuse import HALF, Decode, fuse
 from compress.kernels.runtime import CompressedModule
 from compress.package import add_metadata, program, read_metadata, read_package, unwritable, write_package
 from compress.pipeline import example_inputs, shapes_to_try
@@ -90,10 +90,11 @@ class TorchExporter:
         write_package(graph, path)
 
     def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
-        """See `compress.exporters.exporter.Exporter.decoded_on_every_call`; a processor has no kernel."""
+        """See `compress.exporters.exporter.Exporter.decoded_on_every_call`; only GPUs have a kernel."""
+        products = [form.weight for form in artifact.lowered if "w4_matmul" in form.loads_as]
         if torch.cuda.is_available():
-            return []
-        return sorted(form.weight for form in artifact.lowered if "w4_matmul" in form.loads_as)
+            products = [name for name in products if artifact.graph.encodings[name].dtype not in HALF]
+        return sorted(products)
 
 
 class RunningModule:
@@ -152,7 +153,7 @@ def _prove(path: Path, graph: Graph, trials: Sequence[Sequence[Tensor]]) -> floa
             "what is read from the written file is another graph", expected="the same operators and bits"
         )
     running = RunningModule(path)
-    rounded = any(t.dtype in (torch.float16, torch.bfloat16) for t in graph.tensors.values())
+    rounded = any(tensor.dtype in HALF for tensor in graph.tensors.values())
     rounded = rounded or any(node.target in QUANTIZERS for node in graph.ops.nodes)
     names = [name for name in graph.output_names if name is not None]
     worst = float("inf")

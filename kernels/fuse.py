@@ -30,6 +30,9 @@ from compress.graph import Graph, argument
 Decode = Literal["run", "load"]
 
 W4_MATMUL = torch.ops.compress.w4_matmul.default
+HALF = (torch.float16, torch.bfloat16)
+"""The dtypes in which a GPU reads codes packed; in others the operator decodes the whole weight."""
+
 _LINEAR = torch.ops.aten.linear.default
 _EMBEDDING = torch.ops.aten.embedding.default
 _CAST = torch.ops.aten.to.dtype
@@ -98,7 +101,7 @@ def _read_packed(graph: Graph, node: fx.Node, decoded: fx.Node, encoded: Encoded
         else:
             result = _rows(graph.ops, node, parts, encoded)
             form = "rows decoded when looked up"
-    result.meta = dict(node.meta)
+    result.meta.update(node.meta)
     node.replace_all_uses_with(result)
     graph.ops.erase_node(node)
     return form
@@ -109,6 +112,7 @@ def _product(ops: fx.Graph, node: fx.Node, parts: Mapping[str, fx.Node], encoded
     width = encoded.encoding.width(encoded.columns)
     tensors = (parts["codes"], parts["scales"], parts.get("zero_points"))
     y = ops.call_function(W4_MATMUL, (node.args[0], *tensors, width, encoded.columns, "canonical"))
+    y.meta["dtype"] = encoded.dtype
     bias: Any = argument(node, "bias", None)
     return y if bias is None else ops.call_function(torch.ops.aten.add.Tensor, (y, bias))
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from compress.errors import CompressError
 from compress.graph import Graph
-from compress.kernels.fuse import W4_MATMUL, Decode, fuse
+from compress.kernels.fuse import HALF, W4_MATMUL, Decode, fuse
 from compress.kernels.w4_matmul.layout import layout_for, pack, unpack
 
 CANONICAL = "canonical"
@@ -28,9 +28,9 @@ class CompressedModule(fx.GraphModule):
     (`compress.encoding`). That is what ``state_dict`` gives and takes on every device. The module is moved,
     exported and compiled like any other; the operators of `compress.kernels` stay single nodes.
 
-    ``.to("cuda")`` permutes the codes of 4-bit products to the layout of that GPU's tensor cores, once, on
-    the GPU; ``.cpu()`` permutes them back. A weight that is also looked up by rows (a tied embedding) is
-    there in both layouts.
+    ``.to("cuda")`` permutes the codes of 4-bit products in 16 bits to the layout of that GPU's tensor cores,
+    once, on the GPU; ``.cpu()`` permutes them back. A weight that is also looked up by rows (a tied
+    embedding) is there in both layouts. Products in float32 keep the canonical layout: they have no kernel.
 
     A call does nothing but launch operators: group sizes, columns and layouts are constants of the graph, and
     the operators here read no value back to the host. So after a first call, in which Triton compiles, calls
@@ -52,16 +52,15 @@ class CompressedModule(fx.GraphModule):
             _refuse_cast(tensor, fn, id(tensor) in parts)
         target = fn(tensors[0].new_empty(0)).device
         layout = layout_of(target)
-        if {node.args[6] for node in _products(self)} - {layout}:
-            for_device(self, CANONICAL)
-            parts = {id(tensor) for tensor in packed_parts(self).values()}
+        _relayout(self, lambda node: layout if node.args[6] == layout else CANONICAL)
+        parts = {id(tensor) for tensor in packed_parts(self).values()}
         # scales are float32 in a model of any dtype: rounded, they would stand for other weights
         super()._apply(  # type: ignore[no-untyped-call]
             lambda t: t.to(fn(t).device) if id(t) in parts else fn(t), recurse
         )
         _create_on(self.graph, target)
         self.recompile()
-        for_device(self, layout)
+        _relayout(self, lambda node: layout if node.meta.get("dtype") in HALF else CANONICAL)
         return self
 
 
@@ -87,7 +86,7 @@ def layout_of(device: torch.device) -> str:
 def for_device(module: CompressedModule, layout: str) -> None:
     """Bring the weights of all 4-bit products into a layout, in place; the module computes the same.
 
-    ``.to`` does this with the layout of the device.
+    ``.to`` does this with the layout of the device, for products in 16 bits.
 
     Args:
         layout: one of `compress.kernels.w4_matmul.layout.LAYOUTS`.
@@ -95,11 +94,16 @@ def for_device(module: CompressedModule, layout: str) -> None:
     Raises:
         PassError: there is no such layout.
     """
-    by_weight: dict[str, list[fx.Node]] = {}
+    _relayout(module, lambda node: layout)
+
+
+def _relayout(module: CompressedModule, choose: Callable[[fx.Node], str]) -> None:
+    by_weight: dict[tuple[str, str], list[fx.Node]] = {}
     for node in _products(module):
+        layout = choose(node)
         if node.args[6] != layout:
-            by_weight.setdefault(_weight_name(node), []).append(node)
-    for name, nodes in by_weight.items():
+            by_weight.setdefault((_weight_name(node), layout), []).append(node)
+    for (name, layout), nodes in by_weight.items():
         packed = pack(*_unpacked(module, nodes[0]), *_sizes(nodes[0]), layout)
         suffix = "" if layout == CANONICAL else _DEVICE
         parts = {f"{name}.{part}{suffix}": tensor for part, tensor in zip(_PARTS, packed, strict=True)}

@@ -170,14 +170,22 @@ def test_state_is_taken_in_any_layout(tied: compress.Result, layout: str) -> Non
         other.load_state_dict({n: t for n, t in source.state_dict().items() if n != "mlp.weight.scales"})
 
 
-def test_a_gpu_gets_its_layout(tied: compress.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+def layouts(module: Any) -> set[Any]:
+    return {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL}
+
+
+def test_a_gpu_gets_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `.to` decides, without a GPU: the meta device plays its part."""
     chosen = {"meta": "frag16_kw4", "cpu": "canonical"}
     monkeypatch.setattr("compress.kernels.runtime.layout_of", lambda device: chosen[device.type])
-    module = tied.module().to("meta")
-    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {"frag16_kw4"}
     (ids,) = MODELS["tied_lm"].inputs(2)
-    assert module(ids.to("meta")).shape == (2, 9, 200)
+    for dtype, layout in ((torch.bfloat16, "frag16_kw4"), (torch.float32, "canonical")):
+        result = compress.run(make("tied_lm").to(dtype), "int4", example_inputs=(ids,))
+        module = result.module().to("meta")
+        assert layouts(module) == layouts(copy.deepcopy(module)) == {layout}
+        out = module(ids.to("meta"))
+        assert out.shape == (2, 9, 200) and out.dtype == dtype
+        assert layouts(module.to("meta")) == {layout}
 
 
 def test_an_unknown_layout(tied: compress.Result) -> None:
