@@ -92,6 +92,18 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "generate",
+            "the same model in int4 as a PyTorch file: tokens per second; on a GPU beside bfloat16",
+            "bench.cases.generate:run",
+            (
+                "package:tokenizers",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
             "weights",
             "weight-only quantization at 4, 3 and 2 bits beside Brevitas and Neural Compressor",
             "bench.cases.weights:run",
