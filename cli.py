@@ -3,6 +3,7 @@
 compress model.pt --recipe int4 --model net.py:build --input 1,3,32,32 -o model.onnx
 compress inspect model.pt
 compress recipes
+compress tune
 compress doctor
 """
 
@@ -296,6 +297,17 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
         click.echo(f"tied: {alias} is {name}")
     if data["other_weights"]:
         click.echo(f"left as they are (no supported operator reads them): {', '.join(data['other_weights'])}")
+
+
+@cli.command()
+@click.option("--shape", "shapes", type=(int, int), multiple=True, help="Rows and columns of a weight.")
+@click.option("--group-size", default=32, show_default=True, help="Columns that share a scale.")
+def tune(shapes: tuple[tuple[int, int], ...], group_size: int) -> None:
+    """Measure how this GPU runs 4-bit products best; without --shape, those of common language models."""
+    from compress.kernels.tune import SHAPES
+    from compress.kernels.tune import tune as measure
+
+    click.echo(f"written to {measure(shapes or SHAPES, group_size, click.echo)}")
 
 
 @cli.command()

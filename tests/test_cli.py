@@ -225,6 +225,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "onnxruntime" in out
 
 
+def test_tune_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = compress("tune", "--shape", "4096", "4096", capsys=capsys)
+    assert code == 2 and "there is no CUDA GPU here" in err
+
+
 # -- bad inputs -----------------------------------------------------------------------------------
 
 

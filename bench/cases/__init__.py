@@ -21,7 +21,7 @@ class Case:
         name: on the command line.
         shows: what it shows, one line.
         function: ``module:callable``, given a `Setup`.
-        needs: files below the data folder (``data/cifar10.npz``) and packages (``package:sklearn``).
+        needs: files below the data folder (``data/cifar10.npz``), packages (``package:sklearn``), ``gpu``.
     """
 
     name: str
@@ -37,15 +37,23 @@ class Case:
 
     def missing(self, data: Path | None) -> str:
         """Why this case cannot run here; empty if it can."""
+        if "gpu" in self.needs and not _has_gpu():
+            return "there is no CUDA GPU here"
         packages = [n.removeprefix("package:") for n in self.needs if n.startswith("package:")]
         absent = [p for p in packages if importlib.util.find_spec(p) is None]
         if absent:
             return f"the package {', '.join(absent)} is not installed"
-        files = [n for n in self.needs if not n.startswith("package:")]
+        files = [n for n in self.needs if not n.startswith("package:") and n != "gpu"]
         if files and data is None:
             return f"no data folder (it needs {', '.join(files)}): give --data"
         gone = [n for n in files if data is not None and not (data / n).exists()]
         return f"{data} has no {', '.join(gone)}" if gone else ""
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 CASES: dict[str, Case] = {
@@ -144,6 +152,12 @@ CASES: dict[str, Case] = {
                 "models/mlpnet_mnist.safetensors",
                 "models/resnet20_cifar10_chita.safetensors",
             ),
+        ),
+        Case(
+            "kernels",
+            "4-bit products on a GPU: right in every layout, speed beside cuBLAS, tinygemm and gemlite",
+            "bench.cases.kernels:run",
+            ("gpu", "package:triton"),
         ),
         Case(
             "prune_large",

@@ -131,6 +131,14 @@ def test_a_case_without_its_data_is_skipped_with_the_reason(harness, table, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_case_for_a_gpu_is_skipped_without_one(harness, tmp_path, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert harness.run_case(harness.CASES["kernels"], True, None, tmp_path / "out")
+    assert "skipped: there is no CUDA GPU here" in " ".join(capsys.readouterr().out.split())
+
+
 def test_targets(harness):
     from bench.measure import measured
 

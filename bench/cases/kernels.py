@@ -1,0 +1,206 @@
+"""4-bit products on a GPU: are they right, and how fast are they beside what there is.
+
+Correctness is against float64, over odd sizes, with outputs filled with NaN before, and repeated for races.
+Times are of CUDA graphs over so many weights that none comes from the cache, all contenders in turn:
+cuBLAS in bfloat16, torch's `_weight_int4pack_mm` (tinygemm), and gemlite where it is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Measurement, Setup, measured, true
+from compress.encoding import dequantize
+from compress.kernels.timing import copies, seconds
+from compress.kernels.tune import SHAPES, Weight, random_weight
+from compress.kernels.tuning import Config, gpu_of
+from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of, layout_for
+from compress.kernels.w4_matmul.op import w4_matmul
+
+_DEVICE = torch.device("cuda", 0)
+_GROUP = 128
+
+
+def run(setup: Setup) -> list[Measurement]:
+    """Correctness first: a wrong kernel has no speed."""
+    found = [*_right(setup.quick), *_repeatable()]
+    if all(m.holds is not False for m in found):
+        found += _limits()
+        found += _fast(setup.quick)
+    return found
+
+
+# -- right ----------------------------------------------------------------------------------------
+
+
+def _right(quick: bool) -> Iterator[Measurement]:
+    from compress.kernels.w4_matmul import triton
+
+    worst = {"sums": 0.0, "scaled weights": 0.0}
+    exact_decodes = True
+    shapes = (
+        [(4096, 4096), (70, 600)] if quick else [(4096, 4096), (70, 600), (40, 130), (257, 4112), (33, 99)]
+    )
+    for (rows, columns), group_size, zero_points, layout, dtype in itertools.product(
+        shapes, (16, 32, 64, 128), (False, True), LAYOUTS[1:], (torch.bfloat16, torch.float16)
+    ):
+        for scales in (torch.float32, dtype):
+            canonical, packed = random_weight(
+                rows, columns, group_size, layout, zero_points=zero_points, scales=scales, device=_DEVICE
+            )
+            values = _values(canonical, group_size, columns)
+            if scales == dtype:
+                decoded = triton.decoded(*packed, columns, kwidth_of(layout), dtype)
+                exact_decodes &= torch.equal(decoded, values.to(dtype))
+            group = packed[0].shape[1] * 64 // (packed[1].shape[0] * packed[1].shape[2])
+            for m, split in ((1, 1), (16, 1), (17, 1), (33, 1), (5, 2), (40, 2)):
+                if split > packed[1].shape[0]:
+                    continue
+                x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
+                y = torch.full((m, rows), torch.nan, device=_DEVICE)
+                block_m = next(b for b in (16, 32, 64) if m <= b)
+                config = Config(block_m, 64, 4, 2, split)
+                triton.launch(x, *packed, kwidth_of(layout), config, out=y)
+                kind = "scaled weights" if triton.prescaled(group, block_m) else "sums"
+                worst[kind] = max(worst[kind], _error(y, x.double() @ values.double().T))
+    yield true("decoded weights are exact to the last bit", exact_decodes)
+    yield measured("scales on sums: relative error, float32 result", worst["sums"], "", "<= 0.00002")
+    yield measured(
+        "scales on weights: relative error, float32 result", worst["scaled weights"], "", "<= 0.006"
+    )
+
+
+def _repeatable() -> Iterator[Measurement]:
+    """The same bits in fifty runs: programs that share K would show a race here."""
+    from compress.kernels.w4_matmul import triton
+
+    layout = layout_for(gpu_of(0).capability)
+    _, packed = random_weight(
+        4096, 4096, _GROUP, layout, zero_points=True, scales=torch.bfloat16, device=_DEVICE
+    )
+    x = torch.randn(16, 4096, device=_DEVICE, dtype=torch.bfloat16)
+    go = functools.partial(triton.launch, x, *packed, kwidth_of(layout), Config(16, 64, 4, 3, 8))
+    first = go()
+    yield true("split sums are the same bits in 50 runs", all(torch.equal(first, go()) for _ in range(50)))
+    go()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [go() for _ in range(4)]
+    for _ in range(10):
+        graph.replay()
+    torch.cuda.synchronize()
+    yield true("and in a CUDA graph", all(torch.equal(first, y) for y in captured))
+
+
+def _values(canonical: Weight, group_size: int, columns: int) -> Tensor:
+    codes, scales, zeros = canonical
+    return dequantize(codes, scales.float(), zeros, 4, group_size, [scales.shape[0], columns])
+
+
+def _error(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+# -- fast -----------------------------------------------------------------------------------------
+
+
+def _limits() -> Iterator[Measurement]:
+    """What the machine gives: copies, matrix products, and a launch that does nothing."""
+    big = torch.empty(1 << 30, dtype=torch.uint8, device=_DEVICE)
+    square = torch.randn(8192, 8192, device=_DEVICE, dtype=torch.bfloat16)
+    small = torch.zeros(1, device=_DEVICE)
+    out, to = torch.empty_like(square), torch.empty_like(big)
+    times = seconds(
+        {
+            "copy": [lambda: to.copy_(big)],
+            "matmul": [lambda: torch.mm(square, square, out=out)],
+            "launch": [lambda: small.add_(1)] * 100,
+        }
+    )
+    yield measured("copy of 1 GiB: read and written", 2 * big.numel() / times["copy"] / 1e12, "TB/s")
+    yield measured("cuBLAS bfloat16, 8192 cubed", 2 * 8192**3 / times["matmul"] / 1e12, "TFLOP/s")
+    yield measured("an add of one element, in a graph", times["launch"] * 1e6, "us")
+
+
+def _fast(quick: bool) -> Iterator[Measurement]:
+    for rows, columns in SHAPES[:1] if quick else SHAPES:
+        for m in (1, 16) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            yield from _beside(rows, columns, m)
+
+
+def _beside(rows: int, columns: int, m: int) -> Iterator[Measurement]:
+    """One product by everybody; float weights are as large as four packed ones, so fewer are needed."""
+    x = torch.randn(m, columns, device=_DEVICE, dtype=torch.bfloat16)
+    layout = layout_for(gpu_of(0).capability)
+    packed_count, float_count = (copies(rows * columns * bits // 8, _DEVICE) for bits in (4, 16))
+    contenders: dict[str, list[Callable[[], Any]]] = {}
+    floats = [torch.randn(rows, columns, device=_DEVICE, dtype=torch.bfloat16) for _ in range(float_count)]
+    contenders["cuBLAS"] = [functools.partial(torch.nn.functional.linear, x, w) for w in floats]
+    for zero_points in (False, True):
+        weights = [
+            random_weight(
+                rows, columns, _GROUP, layout,
+                zero_points=zero_points, scales=torch.bfloat16, device=_DEVICE,
+            )[1]
+            for _ in range(packed_count)
+        ]  # fmt: skip
+        contenders["ours, zero points" if zero_points else "ours"] = [
+            functools.partial(w4_matmul, x, *w, _GROUP, columns, layout) for w in weights
+        ]
+    for name, peer in (("tinygemm", _tinygemm), ("gemlite", _gemlite)):
+        try:
+            calls = peer(x, rows, columns, packed_count)
+            calls[0]()
+            contenders[name] = calls
+        except Exception as error:  # whatever ails a peer, the others are measured
+            print(f"{name} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    times = seconds(contenders)
+    shape = f"{rows} x {columns}, {m} rows"
+    weight_bytes = rows * columns * (4 + 16 / _GROUP) / 8
+    yield measured(f"{shape}: cuBLAS bfloat16", times["cuBLAS"] * 1e6, "us")
+    yield measured(f"{shape}: ours", times["ours"] * 1e6, "us")
+    yield measured(f"{shape}: ours, packed weights read", weight_bytes / times["ours"] / 1e12, "TB/s")
+    for name in contenders:
+        if name != "cuBLAS":
+            yield measured(f"{shape}: {name}, speed against cuBLAS", times["cuBLAS"] / times[name], "x")
+
+
+def _tinygemm(x: Tensor, rows: int, columns: int, count: int) -> list[Callable[[], Any]]:
+    """torch's own int4 product, bfloat16 with scales and zero points."""
+    calls = []
+    for _ in range(count):
+        codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=_DEVICE)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scales = torch.rand(columns // _GROUP, rows, 2, device=_DEVICE, dtype=torch.bfloat16)
+        calls.append(functools.partial(torch.ops.aten._weight_int4pack_mm, x, packed, _GROUP, scales))
+    return calls
+
+
+def _gemlite(x: Tensor, rows: int, columns: int, count: int) -> list[Callable[[], Any]]:
+    """gemlite (Triton), in float16, the dtype it is tuned for."""
+    from gemlite.core import DType, GemLiteLinear
+
+    x = x.half()
+    calls = []
+    for _ in range(count):
+        layer = GemLiteLinear(
+            4,
+            group_size=_GROUP,
+            in_features=columns,
+            out_features=rows,
+            input_dtype=DType.FP16,
+            output_dtype=DType.FP16,
+        )
+        codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=_DEVICE)
+        scales = torch.rand(rows * columns // _GROUP, 1, device=_DEVICE, dtype=torch.float16)
+        zeros = torch.full_like(scales, 8)
+        layer.pack(codes, scales, zeros, None)
+        calls.append(functools.partial(layer, x))
+    return calls

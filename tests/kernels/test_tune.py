@@ -1,0 +1,68 @@
+"""What can be said of tuning without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import CompressError
+from compress.kernels import tuning
+from compress.kernels.tune import SHAPES, candidates, random_weight, tune, write
+from compress.kernels.tuning import BLOCK_M, Gpu, Problem, choose, fits
+from compress.kernels.w4_matmul.layout import step_of, unpack
+
+H200 = Gpu("NVIDIA H200", (9, 0), 132, 232448)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("COMPRESS_KERNEL_CONFIGS", str(tmp_path / "configs"))
+    for cached in (tuning.table, choose):
+        cached.cache_clear()
+    yield tmp_path / "configs"
+    for cached in (tuning.table, choose):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (70, 600)])
+@pytest.mark.parametrize("m", BLOCK_M)
+def test_candidates_can_be_launched(rows: int, columns: int, m: int) -> None:
+    group, step = step_of(128, columns)
+    problem = Problem(m, rows, columns, group, step, math.ceil(columns / (group * step)))
+    found = candidates(problem, H200)
+    assert 1 < len(found) <= 45 and len(set(found)) == len(found)
+    assert all(fits(config, problem) and config.block_m == m for config in found)
+
+
+def test_random_weights_are_one_weight_twice() -> None:
+    canonical, packed = random_weight(
+        40, 600, 32, "frag16_kw4", zero_points=True, scales=torch.bfloat16, device=torch.device("cpu")
+    )
+    back = unpack(*packed, 32, 600, "frag16_kw4")
+    assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
+
+
+def test_new_entries_take_the_place_of_old_ones(folder: Path) -> None:
+    config = {"block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "split_k": 2}
+    entry: dict[str, Any] = {"operator": "w4_matmul", "rows": 4096, "columns": 4096, "group": 128, "m": 16}
+    entry = {**entry, "config": config, "microseconds": 9.0}
+    problem = Problem(3, 4096, 4096, 128, 4, 8)
+    write([entry, {**entry, "m": 32}], H200)
+    assert choose("w4_matmul", problem, H200).split_k == 2
+    path = write([{**entry, "config": {**config, "split_k": 4}, "microseconds": 8.0}], H200)
+    assert path == folder / "nvidia-h200.json" and not list(folder.glob("*.new"))
+    entries = json.loads(path.read_text())["entries"]
+    assert [(e["m"], e["microseconds"]) for e in entries] == [(16, 8.0), (32, 9.0)]
+    assert choose("w4_matmul", problem, H200).split_k == 4
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CompressError, match="there is no CUDA GPU here"):
+        tune(SHAPES, 128)
