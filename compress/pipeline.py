@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.calibration import Need, Visitor, sweep
+from compress.chain import Chain
 from compress.data import CalibrationData
 from compress.encoding import EncodedWeight
 from compress.errors import PassError
@@ -60,10 +61,13 @@ class PassResult:
     notes: tuple[Note, ...] = ()
 
 
+LayerForm = EncodedWeight | Chain
+"""What a weight may become."""
+
 LayerLatency = Callable[
-    [Graph, Sequence[torch.Tensor], Mapping[str, Sequence[EncodedWeight | None]]], dict[str, list[float]]
+    [Graph, Sequence[torch.Tensor], Mapping[str, Sequence[LayerForm | None]]], dict[str, list[float]]
 ]
-"""(graph, flat inputs, formats of each weight; None is float) -> milliseconds of each, by weight."""
+"""(graph, flat inputs, forms of each weight; None is float) -> milliseconds of each, by weight."""
 
 
 @dataclass

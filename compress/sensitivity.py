@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from compress.chain import Chain
 from compress.data import CalibrationData
 from compress.encoding import EncodedWeight
 from compress.errors import PassError
@@ -23,7 +24,7 @@ from compress.pipeline import example_inputs
 from compress.progress import Progress, Silent
 
 Measure = Literal["kl", "error"]
-Replacement = Tensor | EncodedWeight
+Replacement = Tensor | EncodedWeight | Chain
 
 _SAME_ENTRIES = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.squeeze.dim,
@@ -275,7 +276,7 @@ class _Runner:
             for name in starts.get(here, ()):
                 progress.step(name)
                 for index, new in enumerate(replacements[name]):
-                    value = new.decode() if isinstance(new, EncodedWeight) else new
+                    value = new if isinstance(new, Tensor) else new.decode()
                     replaced = dict.fromkeys(changed[name])
                     outputs = self._finish(here, dict(values), name, value, replaced)
                     yield name, index, outputs

@@ -13,16 +13,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from compress.encoding import EncodedWeight
 from compress.exporters.ort import Session
 from compress.exporters.to_onnx import build_model
-from compress.graph import Graph, Site, last_uses
-from compress.inputs import InputSpec
+from compress.graph import Graph
+from compress.layers import alone, put
+from compress.pipeline import LayerForm
 
 _SAME = 0.05
 """Relative difference to float below which a format is taken to be as fast: the noise of such timings."""
@@ -32,7 +31,7 @@ _ROUNDS = 5
 def layer_latencies(
     graph: Graph,
     inputs: Sequence[Tensor],
-    formats: Mapping[str, Sequence[EncodedWeight | None]],
+    formats: Mapping[str, Sequence[LayerForm | None]],
     *,
     seconds: float = 0.2,
 ) -> dict[str, list[float]]:
@@ -44,7 +43,7 @@ def layer_latencies(
     Args:
         graph: the model; its weights of these names are float.
         inputs: flat inputs of the size to measure at.
-        formats: by weight: the weight in each format; None is float.
+        formats: by weight: the weight in each format, or a chain in its place; None is float.
         seconds: spent on each layer.
 
     Returns:
@@ -54,64 +53,37 @@ def layer_latencies(
         MissingExtra: ONNX Runtime is not installed.
         ExportError: a layer cannot be written.
     """
-    sites = {site.node: site for site in graph.sites() if site.weight in formats}
     found = {name: [0.0] * len(options) for name, options in formats.items()}
     known: dict[object, list[float]] = {}
-    values: dict[fx.Node, Any] = {}
-    last = last_uses(graph.ops)
-    feed = iter(inputs)
-    for node in graph.ops.nodes:
-        if node.op == "output":
-            break
-        if node.name in sites:
-            site = sites[node.name]
-            options = formats[site.weight]
-            alone, x = _alone(node, site, values)
-            names = tuple(None if o is None else str(o.encoding) for o in options)
-            rest = str(fx.node.map_arg((node.args[2:], node.kwargs), lambda n: "tensor"))
-            key = (node.target, tuple(x.shape), graph.shape(site.weight), rest, names)
-            if key not in known:
-                known[key] = _timed(alone, x, options, seconds)
-            found[site.weight] = [a + b for a, b in zip(found[site.weight], known[key], strict=True)]
-        values[node] = next(feed) if node.op == "placeholder" else graph.evaluate(node, values)
-        for dead in last.get(node, ()):
-            del values[dead]
+    for site, layer, x in alone(graph, inputs, formats):
+        options = formats[site.weight]
+        node = graph.node(site.node)
+        rest = str(fx.node.map_arg((node.args[2:], node.kwargs), lambda n: "tensor"))
+        key = (node.target, tuple(x.shape), graph.shape(site.weight), rest, tuple(map(_name, options)))
+        if key not in known:
+            known[key] = _timed(layer, x, options, seconds)
+        found[site.weight] = [a + b for a, b in zip(found[site.weight], known[key], strict=True)]
     return found
 
 
-def _alone(node: fx.Node, site: Site, values: Mapping[fx.Node, Any]) -> tuple[Graph, Tensor]:
-    """The operator as a graph of its own with one input, and the value of that input."""
-    source, weight = (node.args[1], node.args[0]) if site.kind == "embedding" else node.args[:2]
-    assert isinstance(source, fx.Node)
-    x = values[source]
-    ops = fx.Graph()
-    tensors: dict[str, Tensor] = {}
-
-    def argument(old: fx.Node) -> fx.Node:
-        if old is source:
-            return placeholder
-        name = "weight" if old is weight else f"constant{len(tensors)}"
-        tensors[name] = values[old]
-        return ops.get_attr(name)
-
-    placeholder = ops.placeholder("x")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
-    assert callable(node.target)
-    ops.output([ops.call_function(node.target, args, kwargs)])
-    spec = InputSpec("x", x.dtype, tuple(x.shape), ())
-    _, tree = torch.utils._pytree.tree_flatten((0,))
-    return Graph(ops, tensors, (spec,), ("y",), ops._codegen, tree, tree), x
+def _name(option: LayerForm | None) -> str | None:
+    if option is None:
+        return None
+    return str(option.encoding) if isinstance(option, EncodedWeight) else str(option)
 
 
-def _timed(graph: Graph, x: Tensor, options: Sequence[EncodedWeight | None], seconds: float) -> list[float]:
+def _timed(graph: Graph, x: Tensor, options: Sequence[LayerForm | None], seconds: float) -> list[float]:
     import onnx_ir as ir
 
     calls = []
     with tempfile.TemporaryDirectory(prefix="compress-layer-") as folder:
-        for encoded in options:
+        for option in options:
             here = graph.copy()
-            if encoded is not None:
-                here.set_encoding("weight", replace(encoded, dtype=here.tensors["weight"].dtype))
+            dtype = here.tensors["weight"].dtype
+            if isinstance(option, EncodedWeight):
+                here.set_encoding("weight", replace(option, dtype=dtype))
+            elif option is not None:
+                put(here, here.sites()[0], option.to(dtype))
             path = Path(folder) / "layer.onnx"
             ir.save(build_model(here)[0], path)
             session = Session(path)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import compress
+from compress.chain import Chain
 from compress.encoding import EncodedWeight, IntEncoding
 from compress.passes.quantize_weights import quantized
 from compress.testing import MODELS, make
@@ -63,3 +64,11 @@ def test_a_tied_weight_counts_at_each_of_its_sites(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(latency, "_timed", lambda *_: [1.0])
     found = latency.layer_latencies(graph, MODELS["tied_lm"].inputs(1), encoded(graph))
     assert found == {"embed.weight": [2.0], "mlp.weight": [1.0]}
+
+
+def test_a_chain_in_place_of_a_layer() -> None:
+    """Both are timed as they stand in a file."""
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    chain = Chain("svd 4", (torch.randn(4, 32), torch.randn(48, 4)))
+    found = latency.layer_latencies(graph, MODELS["convnet"].inputs(1), {"fc1.weight": [chain]}, seconds=0)
+    assert found["fc1.weight"][0] > 0
