@@ -74,23 +74,20 @@ def operations(graph: Graph, inputs: Sequence[Tensor]) -> int:
     """
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
-    variable: set[fx.Node] = set()
-    total = 0
+    variable = []
     for node in graph.ops.nodes:
-        if node.op == "output":
-            return total
         if node.op == "placeholder":
-            variable.add(node)
             values[node] = next(feed).to("meta")
         elif node.op == "get_attr":
             values[node] = graph.tensors[str(node.target)].to("meta")
+        elif any(i.op == "placeholder" or i in variable for i in node.all_input_nodes):
+            variable.append(node)
         else:
-            with FlopCounterMode(display=False) as counter:
-                values[node] = graph.evaluate(node, values)
-            if not variable.isdisjoint(node.all_input_nodes):
-                variable.add(node)
-                total += counter.get_total_flops() // 2
-    raise AssertionError("a graph ends in an output node")
+            values[node] = graph.evaluate(node, values)
+    with FlopCounterMode(display=False) as counter:
+        for node in variable[:-1]:  # the last one is the output
+            values[node] = graph.evaluate(node, values)
+    return counter.get_total_flops() // 2
 
 
 # -- chains ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
+from compress.passes.decompose import Decompose
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.pack_sparse import PackSparse
 from compress.passes.prune_chita import PruneChita
@@ -18,6 +19,7 @@ from compress.pipeline import Pass
 
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
+    "decompose": Decompose,
     "mixed_precision": MixedPrecision,
     "pack_sparse": PackSparse,
     "prune_chita": PruneChita,

@@ -43,6 +43,12 @@ class Slices:
         left = [float(s.energies[rank]) if rank < len(s.energies) else 0.0 for s in self.spectra]
         return (max(left) / self.largest) ** 0.5 if self.largest > 0 else 0.0
 
+    def error(self, rank: int) -> float:
+        """What is cut off of all slices, relative to what they have, were they independent."""
+        total = sum(float(s.energies.sum()) for s in self.spectra)
+        left = sum(float(s.energies[rank:].sum()) for s in self.spectra)
+        return left / total if total > 0 else 0.0
+
     def factors(self, rank: int) -> tuple[list[Tensor], Tensor]:
         """``[j, N / k]`` for each slice, and ``[O, k j]``."""
         first, last = zip(*(s.factors(rank) for s in self.spectra), strict=True)

@@ -15,6 +15,7 @@ target for the inputs at hand (`compress.passes.solvers.targets`), for which the
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from compress.passes.solvers.feedback import damped
 
-DAMPING = 1e-3
+DAMPING = 0.01
 """Added to the diagonal of H, as a fraction of its mean: what the samples never did still counts a little."""
 
 
@@ -41,10 +42,15 @@ class Spectrum:
     basis: Tensor
     energies: Tensor
 
+    @functools.cached_property
+    def errors(self) -> list[float]:
+        """``E |W x - B x|^2`` of the best B of each rank from 0 to K, relative to ``E |W x|^2``."""
+        left = self.energies.flip(0).cumsum(0).flip(0)
+        return [*(left / left[0].clamp_min(1e-300)).tolist(), 0.0]
+
     def error(self, rank: int) -> float:
-        """``E |W x - B x|^2`` of the best B of this rank, relative to ``E |W x|^2``."""
-        total = float(self.energies.sum())
-        return float(self.energies[rank:].sum()) / total if total > 0 else 0.0
+        """Of one rank; 0 from K on."""
+        return self.errors[min(rank, len(self.energies))]
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """``[r, N]`` and ``[O, r]``, in the order they are applied; rows of one and columns of the other of

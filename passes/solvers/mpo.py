@@ -22,6 +22,10 @@ from torch import Tensor
 
 from compress.chain import contract
 from compress.passes.solvers.alternating import alternate
+from compress.passes.solvers.feedback import damped
+
+_DAMPING = 0.01
+"""Added to the diagonal of moments, as a fraction of its mean."""
 
 Sites = Sequence[tuple[int, int]]
 """``(o_k, i_k)`` of each."""
@@ -81,15 +85,28 @@ def matrix_product(
     """
     if H is None:
         return cores_of(weight, sites, bond), None
-    energy = H.double().diagonal()
-    # an input that never comes gets the scale of the rarest that does
-    d = energy.clamp_min(1e-6 * float(energy.mean()) or 1.0).sqrt()
+    d = sizes(H)
+    return improved(cores_of(weight.double() * d, sites, bond), weight, H, sweeps, iterations), 1 / d
+
+
+def improved(
+    cores: list[Tensor], weight: Tensor, H: Tensor, sweeps: int = 2, iterations: int = 10
+) -> list[Tensor]:
+    """Cores of ``W d`` after some sweeps with the whole of H; arguments as for `matrix_product`."""
+    d = sizes(H)
+    # of few samples H knows some directions only, and the others must not be given away
+    h = damped((H.double() / (d * d[:, None])).unsqueeze(0), _DAMPING)[0]
     w = weight.double() * d
-    cores = cores_of(w, sites, bond)
-    if sweeps:
-        h = H.double() / (d * d[:, None])
-        cores = alternate(lambda *c: contract(c), cores, w, h, sweeps=sweeps, iterations=iterations)
-    return cores, 1 / d
+    return alternate(lambda *c: contract(c), cores, w, h, sweeps=sweeps, iterations=iterations)
+
+
+def sizes(H: Tensor) -> Tensor:
+    """d of the module docstring, float64 ``[N]``.
+
+    An input that the samples hardly have may come all the same, and what is wrong with its column is divided
+    by d: hence the damping.
+    """
+    return damped(H.double().unsqueeze(0), _DAMPING)[0].diagonal().sqrt()
 
 
 def bond_within(sites: Sites, budget: float, multiple: int = 1) -> int:

@@ -49,14 +49,14 @@ class Modes:
             multiple: of ranks below the number of channels.
         """
         outputs, channels = self.shape[:2]
+        inward, outward = self.inward.errors, self.outward.errors
         best, least = None, math.inf
         for r_in in _ranks(channels, multiple):
             for r_out in _ranks(outputs, multiple):
                 pair = (r_in, r_out)
-                if pair != (channels, outputs) and parameters(self.shape, pair) <= budget:
-                    bound = self.bound(pair)
-                    if bound < least:
-                        best, least = pair, bound
+                bound = inward[min(r_in, len(inward) - 1)] + outward[min(r_out, len(outward) - 1)]
+                if bound < least and pair != (channels, outputs) and parameters(self.shape, pair) <= budget:
+                    best, least = pair, bound
         return best
 
 
