@@ -40,6 +40,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 import compress.activations  # noqa: F401 - registers operators
+from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.codebook import CodebookEncoding, CodebookWeight
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError, ModelFileError
@@ -53,6 +54,7 @@ _REACH_OUT = ("aten::from_file", "aten::save")
 _ENCODINGS: dict[str, tuple[type[Any], type[Any]]] = {
     "integers": (IntEncoding, EncodedWeight),
     "codebook": (CodebookEncoding, CodebookWeight),
+    "bitmap": (BitmapEncoding, BitmapWeight),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
@@ -393,7 +395,7 @@ def _weight(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     parts = {
         field.name: tensors.get(f"{name}.{field.name}")
         for field in dataclasses.fields(weight)
-        if field.name in ("codes", "scales", "zero_points", "table")
+        if field.name in ("codes", "scales", "zero_points", "table", "values")
     }
     if any(tensor is None for part, tensor in parts.items() if part != "zero_points"):
         raise ValueError(f"{name} is not complete")

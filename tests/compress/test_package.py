@@ -38,7 +38,14 @@ def path(graph: compress.Graph, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("convnet", "int8"), ("convnet", "int4"), ("encoder", "nf4"), ("tied_lm", "int4"), ("products", "int4")],
+    [
+        ("convnet", "int8"),
+        ("convnet", "int4"),
+        ("encoder", "nf4"),
+        ("tied_lm", "int4"),
+        ("products", "int4"),
+        ("convnet", "sparse50"),
+    ],
 )
 def test_what_is_read_is_what_was_written(name: str, recipe: str, tmp_path: Path) -> None:
     graph, path = compressed(name, recipe), tmp_path / "model.safetensors"
