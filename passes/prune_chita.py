@@ -150,7 +150,7 @@ class PruneChita(Pass):
         result, solution = graph.copy(), None
         for stage in range(self.stages):
             part = data.part(stage, self.samples)
-            solution = self._stage(result, tuple(sites), part, self._sparsity(stage), context.seed + stage)
+            solution = self._stage(result, tuple(sites), part, stage, context.seed + stage)
             for weight, values in zip(sites, solution.values, strict=True):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
@@ -174,16 +174,20 @@ class PruneChita(Pass):
         rising = max(1, round(_RISING * self.stages)) if self.first_order else self.stages
         return self.sparsity if stage + 1 >= rising else 1 - (1 - self.sparsity) ** ((stage + 1) / rising)
 
+    def _settled(self, stage: int) -> bool:
+        """Whether the sparsity was there before this stage."""
+        return stage > 0 and self._sparsity(stage - 1) == self._sparsity(stage)
+
     @property
     def _labelled(self) -> bool:
         """Whether gradients are those of the labels' loss."""
         return self.first_order or self.temperature is None
 
-    def _stage(
-        self, graph: Graph, names: tuple[str, ...], data: _Data, sparsity: float, seed: int
-    ) -> Solution:
-        chooses = self.method == "best" or (self.first_order and self.ridge is None)
-        fitting, held_out = data.split(self.mini_batch) if chooses else (data, data)
+    def _stage(self, graph: Graph, names: tuple[str, ...], data: _Data, stage: int, seed: int) -> Solution:
+        trains = self.first_order and self.ridge is None
+        # while the sparsity rises steps stay short, so that what goes next is chosen near where it counts
+        chooses = self.method == "best" or (trains and self._settled(stage))
+        fitting, held_out = data.split(self.mini_batch) if chooses or trains else (data, data)
         if not self._labelled:
             fitting = replace(fitting, labels=None)
         generator = torch.Generator().manual_seed(seed)
@@ -200,7 +204,7 @@ class PruneChita(Pass):
         return solve(
             weights,
             collected,
-            sparsity,
+            self._sparsity(stage),
             scope=self.scope,
             method=self.method,
             ridge=self.ridge,

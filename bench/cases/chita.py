@@ -34,9 +34,9 @@ from compress.pipeline import Context
 
 _ONE_SHOT: dict[str, Any] = {"method": "obs", "mini_batch": 16}
 _STAGES: dict[str, Any] = {
-    "method": "obd", "mini_batch": 30, "stages": 15, "samples": 30_000, "first_order": True, "ridge": 1.0
+    "method": "obd", "mini_batch": 30, "stages": 15, "first_order": True
 }  # fmt: skip
-_RESNET: dict[str, Any] = {"method": "obs", "mini_batch": 4, "ignore": ("*downsample*",)}
+_RESNET: dict[str, Any] = {"method": "obs", "mini_batch": 5, "ignore": ("*downsample*",)}
 _MLP_BARS = {0.5: 94.04, 0.6: 94.00, 0.7: 94.03, 0.8: 93.82, 0.9: 92.71, 0.95: 88.22, 0.98: 49.92}
 _STAGES_BARS = {0.5: 96.6, 0.6: 96.6, 0.7: 96.5, 0.8: 96.4, 0.9: 96.3, 0.95: 95.7, 0.98: 90.7}
 _RESNET_BARS = {0.3: 91.5, 0.4: 91.2, 0.5: 90.4, 0.6: 88.5, 0.7: 83.5, 0.8: 70.2, 0.9: 25.0}

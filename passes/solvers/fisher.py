@@ -13,6 +13,7 @@ products are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +111,9 @@ class Gradients:
 
         With one token for each sample row o of the weight contributes ``(delta_o delta_o^T) * (X_S X_S^T)``.
         """
-        n, (_, columns) = self.samples, self.shape
-        total = torch.zeros(n, n)
-        for start, stop in self._chunks():
-            rows = self.rows(start, stop).mul_(mask[start:stop].unsqueeze(1))  # [r, n, K]
-            flat = rows.transpose(0, 1).reshape(n, (stop - start) * columns)
-            total.addmm_(flat, flat.T)
+        total = torch.zeros(self.samples, self.samples)
+        for part in self._entries(mask):
+            total.addmm_(part, part.T)
         return total
 
     def diagonal(self) -> Tensor:
@@ -138,10 +136,12 @@ class Gradients:
 
     def columns(self, mask: Tensor) -> Tensor:
         """Gradients of some entries of the weight, row after row: float32 ``[n, entries]``."""
-        parts = [
-            self.rows(start, stop).transpose(0, 1)[:, mask[start:stop]] for start, stop in self._chunks()
-        ]
-        return torch.cat(parts, 1)
+        return torch.cat(list(self._entries(mask)), 1)
+
+    def _entries(self, mask: Tensor) -> Iterator[Tensor]:
+        """`columns` of a few rows of the weight at a time."""
+        for start, stop in self._chunks():
+            yield self.rows(start, stop).transpose(0, 1)[:, mask[start:stop]]
 
     def dense(self) -> Tensor:
         """The products: float32 ``[n, O, K]``."""
