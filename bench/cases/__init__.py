@@ -154,6 +154,12 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "chita_stages",
+            "CHITA in stages that train: the experiment of its paper, beside its authors' code",
+            "bench.cases.chita:stages",
+            ("data/mnist.npz", "models/mlpnet_mnist.safetensors"),
+        ),
+        Case(
             "kernels",
             "4-bit products on a GPU: right in every layout, speed beside cuBLAS, tinygemm and gemlite",
             "bench.cases.kernels:run",

@@ -4,7 +4,8 @@ The targets are the best that their code gave of all its solvers, ridges and up 
 it on these files, one thread; ours is one setting, the mean of three seeds that choose the samples, without
 and with the layer-wise refit. Test images are not looked at before the end. ResNet-20: biases, batch
 normalisation and the shortcuts stay dense, and batch normalisation is not folded. With several stages a
-network is trained further while it is pruned, which is why it exceeds the dense accuracy.
+network is trained further while it is pruned, which is why it exceeds the dense accuracy; its settings
+were chosen on the last 10,000 training images.
 """
 
 from __future__ import annotations
@@ -33,12 +34,10 @@ from compress.passes.prune_random import PruneRandom
 from compress.pipeline import Context
 
 _ONE_SHOT: dict[str, Any] = {"method": "obs", "mini_batch": 16}
-_STAGES: dict[str, Any] = {
-    "method": "obd", "mini_batch": 30, "stages": 15, "first_order": True
-}  # fmt: skip
+_STAGES: dict[str, Any] = {"method": "obd", "mini_batch": 16, "stages": 15, "first_order": True}
+_STAGES_BARS = {0.5: 96.6, 0.6: 96.6, 0.7: 96.5, 0.8: 96.4, 0.9: 96.3, 0.95: 95.7, 0.98: 90.7}
 _RESNET: dict[str, Any] = {"method": "obs", "mini_batch": 5, "ignore": ("*downsample*",)}
 _MLP_BARS = {0.5: 94.04, 0.6: 94.00, 0.7: 94.03, 0.8: 93.82, 0.9: 92.71, 0.95: 88.22, 0.98: 49.92}
-_STAGES_BARS = {0.5: 96.6, 0.6: 96.6, 0.7: 96.5, 0.8: 96.4, 0.9: 96.3, 0.95: 95.7, 0.98: 90.7}
 _RESNET_BARS = {0.3: 91.5, 0.4: 91.2, 0.5: 90.4, 0.6: 88.5, 0.7: 83.5, 0.8: 70.2, 0.9: 25.0}
 _RESNET_GRADIENTS = 268_336 * 1000 * 4 / 1e6
 """MB: theirs are a matrix of 1,000 samples and all parameters, in float32."""
@@ -83,14 +82,19 @@ class _Task:
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """MLPNet at once and in stages, ResNet-20 at once; two sparsities and one seed when quick."""
+    """MLPNet and ResNet-20 at once; fewer sparsities and one seed when quick."""
     found = list(_resnet(setup))  # first, while this process is small
     task = _mlpnet(setup)
     bars = {0.9: _MLP_BARS[0.9], 0.98: _MLP_BARS[0.98]} if setup.quick else _MLP_BARS
     found += _compared(task, "MLPNet", bars, 10_000, _ONE_SHOT, setup.quick)
-    if not setup.quick:
-        found += _compared(task, "MLPNet, 15 stages", _STAGES_BARS, 60_000, _STAGES, setup.quick)
     return found
+
+
+def stages(setup: Setup) -> list[Measurement]:
+    """MLPNet in 15 stages; one sparsity, one seed and fewer images when quick."""
+    task = _mlpnet(setup)
+    bars, count = ({0.98: _STAGES_BARS[0.98]}, 10_000) if setup.quick else (_STAGES_BARS, 60_000)
+    return list(_compared(task, "MLPNet, 15 stages", bars, count, _STAGES, setup.quick))
 
 
 def _mlpnet(setup: Setup) -> _Task:
