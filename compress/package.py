@@ -279,7 +279,7 @@ def _header(path: Path) -> dict[str, Any]:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         text = header.get("__metadata__", {}).get(PACKAGE_KEY)
         data: dict[str, Any] = json.loads(text) if text is not None else {}
-    except (OSError, ValueError, AttributeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise ModelFileError(
             f"{path} cannot be read: {error}", expected="a file written by compress, target torch"
         ) from error
@@ -416,5 +416,6 @@ def _identifier(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a tensor may have this name: it becomes part of generated code, between quotes."""
-    return name.isprintable() and not set(name) & set("\"'\\")
+    """Whether a tensor may have this name: it becomes part of generated code, and attributes of modules."""
+    whole = name.isprintable() and not set(name) & set("\"'\\")
+    return whole and not any(part.startswith("__") for part in name.split("."))

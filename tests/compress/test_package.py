@@ -159,6 +159,10 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "code as a tensor": (lambda d: node(d, "tensor").__setitem__(2, f'q"),{INJECTION},("'), "no tensor"),
     "no dtype": (lambda d: node(d, "aten::to.dtype")[2].__setitem__(1, {"dtype": "os"}), "is no dtype"),
     "a loop": (lambda d: node(d, "aten::linear")[2].__setitem__(0, {"node": "output"}), "damaged"),
+    "an attribute of modules": (
+        lambda d: node(d, "tensor").__setitem__(2, "__class__.forward"),
+        "no tensor",
+    ),
     "a later version": (lambda d: d.update(format=99), "format 99"),
     "nothing": (lambda d: d.clear(), "no program"),
     "a weight without codes": (lambda d: d["encodings"].update(x=d["encodings"]["q.weight"]), "not complete"),

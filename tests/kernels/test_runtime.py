@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -72,6 +73,14 @@ def test_compiled_whole(result: compress.Result, backend: str) -> None:
     compiled = torch.compile(result.module(), backend=counting, fullgraph=True)
     assert_close(result.module()(*inputs)["hidden"], compiled(*inputs)["hidden"], db=110)
     assert seen == [5]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_compiled_by_inductor() -> None:
+    module = compress.run(nn.Linear(24, 8), "int4", example_inputs=(torch.randn(2, 24),)).module()
+    x = torch.randn(5, 24)
+    assert_close(module(x), torch.compile(module, fullgraph=True)(x), db=110)
 
 
 class Masked(nn.Module):
