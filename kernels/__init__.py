@@ -11,4 +11,5 @@ OPS: dict[str, str] = {
     "dequantize_codebook": "compress::dequantize_codebook",
     "expand_bitmap": "compress::expand_bitmap",
     "w4_matmul": "compress::w4_matmul",
+    "w4_sparse24_matmul": "compress::w4_sparse24_matmul",
 }

@@ -51,6 +51,20 @@ class Compiled:
                 bodies.append([t for a, t in code if int(target[1], 16) <= a <= address])
         return Counter(text.split()[0] for text in max(bodies, key=len, default=[]))
 
+    def layouts(self, operation: str) -> list[str]:
+        """The layouts of the results of an operation of Triton's GPU dialect, each as it is defined there.
+
+        Raises:
+            ValueError: there is no such operation.
+        """
+        lines = [line for line in self.ttgir.splitlines() if operation in line]
+        names = {name for line in lines for name in re.findall(r"#\w+(?=>)", line.rpartition("->")[2])}
+        found = re.findall(r"^(#\w+) = (.*)$", self.ttgir, re.MULTILINE)
+        defined = [text for name, text in found if name in names]
+        if not defined:
+            raise ValueError(f"there is no {operation} in the kernel")
+        return defined
+
 
 def compile_for(
     kernel: Any,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,19 +18,25 @@ from torch import Tensor
 
 from bench.measure import Measurement, Setup, measured, true
 from compress.encoding import dequantize
+from compress.encoding import pack as pack_bits
 from compress.kernels.timing import copies, seconds
 from compress.kernels.tune import SHAPES, Weight, random_weight
 from compress.kernels.tuning import Config, gpu_of
 from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of, layout_for
 from compress.kernels.w4_matmul.op import w4_matmul
+from compress.kernels.w4_sparse24_matmul import reference
+from compress.kernels.w4_sparse24_matmul.layout import Packed
+from compress.kernels.w4_sparse24_matmul.layout import pack as sparse_pack
+from compress.kernels.w4_sparse24_matmul.op import instruction_is_right, w4_sparse24_matmul
 
 _DEVICE = torch.device("cuda", 0)
 _GROUP = 128
+_SPARSE_GROUP = 32
 
 
 def run(setup: Setup) -> list[Measurement]:
     """Correctness first: a wrong kernel has no speed."""
-    found = [*_right(setup.quick), *_repeatable()]
+    found = [*_right(setup.quick), *_repeatable(), *_sparse_right()]
     if all(m.holds is not False for m in found):
         found += _limits()
         found += _fast(setup.quick)
@@ -99,6 +106,48 @@ def _repeatable() -> Iterator[Measurement]:
     yield true("and in a CUDA graph", all(torch.equal(first, y) for y in captured))
 
 
+def _sparse_right() -> Iterator[Measurement]:
+    """The sparse instruction against float64, for one and two blocks of x, with and without split sums."""
+    from compress.kernels.w4_sparse24_matmul import triton
+
+    dtypes = (torch.bfloat16, torch.float16)
+    yield true("the sparse instruction is as documented", all(instruction_is_right(0, d) for d in dtypes))
+    worst, same = 0.0, True
+    for (rows, columns), zero_points, dtype in itertools.product(
+        [(4096, 4096), (70, 600), (33, 100)], (False, True), dtypes
+    ):
+        for scales in (torch.float32, dtype):
+            packed = _sparse_weight(rows, columns, zero_points, scales)
+            codes, metadata, spread, words = packed
+            values = reference.decoded(*packed, _SPARSE_GROUP, columns, "sp24").double()
+            for m, split in ((1, 1), (8, 2), (9, 1), (16, 4), (33, 1)):
+                if split > spread.shape[0] or metadata is None:
+                    continue
+                x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
+                first, second = (torch.full((m, rows), torch.nan, device=_DEVICE) for _ in range(2))
+                for y in (first, second):
+                    triton.launch(x, codes, metadata, spread, words, split, out=y)
+                worst = max(worst, _error(first, x.double() @ values.T))
+                same &= torch.equal(first, second)
+    yield measured("2:4: relative error", worst, "", "<= 0.00002")
+    yield true("2:4: the same bits twice", same)
+
+
+def _sparse_weight(rows: int, columns: int, zero_points: bool, scales: torch.dtype) -> Packed:
+    """A random weight with two of every four zero, in the layout of the sparse tensor cores."""
+    groups, padded = math.ceil(columns / _SPARSE_GROUP), math.ceil(columns / 64) * 64
+    zeros = torch.randint(0, 16, (rows, padded // _SPARSE_GROUP), dtype=torch.uint8, device=_DEVICE)
+    if not zero_points:
+        zeros.fill_(8)
+    codes = torch.randint(0, 16, (rows, padded // 4, 4), dtype=torch.uint8, device=_DEVICE)
+    gone = torch.rand(codes.shape, device=_DEVICE).argsort(-1)[..., :2]
+    filled = zeros.repeat_interleave(_SPARSE_GROUP // 4, 1).unsqueeze(-1).expand_as(gone)
+    codes = codes.scatter(-1, gone, filled).flatten(1)[:, :columns]
+    spread = (torch.rand(rows, groups, device=_DEVICE) * 0.02 + 0.01).to(scales)
+    words = pack_bits(zeros[:, :groups], 4) if zero_points else None
+    return sparse_pack(pack_bits(codes, 4), spread, words, _SPARSE_GROUP, columns, "sp24")
+
+
 def _values(canonical: Weight, group_size: int, columns: int) -> Tensor:
     codes, scales, zeros = canonical
     return dequantize(codes, scales.float(), zeros, 4, group_size, [scales.shape[0], columns])
@@ -154,6 +203,10 @@ def _beside(rows: int, columns: int, m: int) -> Iterator[Measurement]:
         contenders["ours, zero points" if zero_points else "ours"] = [
             functools.partial(w4_matmul, x, *w, _GROUP, columns, layout) for w in weights
         ]
+    sparse = [_sparse_weight(rows, columns, True, torch.bfloat16) for _ in range(packed_count)]
+    contenders["ours, 2:4 in groups of 32"] = [
+        functools.partial(w4_sparse24_matmul, x, *w, _SPARSE_GROUP, columns, "sp24") for w in sparse
+    ]
     for name, peer in (("tinygemm", _tinygemm), ("gemlite", _gemlite)):
         try:
             calls = peer(x, rows, columns, packed_count)

@@ -93,21 +93,11 @@ def pack(
     if layout == "canonical":
         return codes, scales, zero_points
     kwidth = kwidth_of(layout)
-    rows, groups = scales.shape
     group, step = step_of(group_size, columns)
     steps = math.ceil(columns / (step * group))
-    fill = (0, steps * step * group - columns, 0, -rows % ROWS)
+    fill = (0, steps * step * group - columns, 0, -len(scales) % ROWS)
     padded = torch.nn.functional.pad(unpack_bits(codes, 4, columns), fill, value=8)
-    places = torch.arange(steps * step, device=scales.device) * group // group_size
-    inside = places < groups
-    places = places.clamp(max=groups - 1)
-    spread = (scales[:, places] * inside).view(rows, steps, step).transpose(0, 1).contiguous()
-    words = None
-    if zero_points is not None:
-        bytes_ = unpack_bits(zero_points, 4, groups)[:, places].view(rows, steps, step).to(torch.int32)
-        shifts = 8 * torch.arange(step, dtype=torch.int32, device=codes.device)
-        words = (bytes_ << shifts).sum(-1, dtype=torch.int32).t().contiguous()
-    return pack_frag16(padded, kwidth), spread, words
+    return pack_frag16(padded, kwidth), *pack_scales(scales, zero_points, group_size, group, step, steps)
 
 
 def unpack(
@@ -119,14 +109,44 @@ def unpack(
     steps, rows, step = scales.shape
     group = codes.shape[1] * 64 // (steps * step)
     whole = unpack_frag16(codes, kwidth_of(layout))[:rows, :columns]
-    first = torch.arange(0, columns, min(group_size, columns), device=codes.device) // group
+    return pack_bits(whole, 4), *unpack_scales(scales, zero_points, group_size, group, columns)
+
+
+def pack_scales(
+    scales: Tensor, zero_points: Tensor | None, group_size: int, group: int, step: int, steps: int
+) -> tuple[Tensor, Tensor | None]:
+    """Canonical scales and zero points step by step: ``[steps, N, step]``, int32 ``[steps, N]``.
+
+    Args:
+        group_size: columns per scale of the canonical weight.
+        group: columns per scale in the device layout; it divides `group_size`.
+        step: groups per step, at most 4.
+        steps: of `step` groups; those past the last column get scales of zero.
+    """
+    rows, groups = scales.shape
+    places = torch.arange(steps * step, device=scales.device) * group // group_size
+    inside = places < groups
+    places = places.clamp(max=groups - 1)
+    spread = (scales[:, places] * inside).view(rows, steps, step).transpose(0, 1).contiguous()
+    if zero_points is None:
+        return spread, None
+    points = unpack_bits(zero_points, 4, groups)[:, places].view(rows, steps, step).to(torch.int32)
+    shifts = 8 * torch.arange(step, dtype=torch.int32, device=scales.device)
+    return spread, (points << shifts).sum(-1, dtype=torch.int32).t().contiguous()
+
+
+def unpack_scales(
+    scales: Tensor, zero_points: Tensor | None, group_size: int, group: int, columns: int
+) -> tuple[Tensor, Tensor | None]:
+    """The inverse of `pack_scales`: canonical scales and packed zero points."""
+    steps, rows, step = scales.shape
+    first = torch.arange(0, columns, min(group_size, columns), device=scales.device) // group
     spread = scales.transpose(0, 1).reshape(rows, steps * step)[:, first]
-    packed = None
-    if zero_points is not None:
-        shifts = 8 * torch.arange(step, dtype=torch.int32, device=codes.device)
-        bytes_ = ((zero_points.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8)
-        packed = pack_bits(bytes_.reshape(rows, steps * step)[:, first], 4)
-    return pack_bits(whole, 4), spread, packed
+    if zero_points is None:
+        return spread, None
+    shifts = 8 * torch.arange(step, dtype=torch.int32, device=scales.device)
+    points = ((zero_points.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8)
+    return spread, pack_bits(points.reshape(rows, steps * step)[:, first], 4)
 
 
 def kwidth_of(layout: str) -> int:

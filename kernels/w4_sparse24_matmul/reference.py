@@ -1,0 +1,38 @@
+"""What `compress::w4_sparse24_matmul` computes, in float32: put the zeros back, decode, multiply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.encoding import dequantize
+from compress.kernels.w4_sparse24_matmul.layout import unpack
+
+
+def w4_sparse24_matmul(
+    x: Tensor,
+    codes: Tensor,
+    metadata: Tensor | None,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+) -> Tensor:
+    """Arguments and result of the operator, on any device."""
+    weight = decoded(codes, metadata, scales, zero_points, group_size, columns, layout)
+    return torch.nn.functional.linear(x.float(), weight).to(x.dtype)
+
+
+def decoded(
+    codes: Tensor,
+    metadata: Tensor | None,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+) -> Tensor:
+    """The weight with its zeros: float32 ``[N, K]``."""
+    codes, scales, zero_points = unpack(codes, metadata, scales, zero_points, group_size, columns, layout)
+    return dequantize(codes, scales.float(), zero_points, 4, group_size, [scales.shape[0], columns])
