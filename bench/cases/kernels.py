@@ -21,7 +21,7 @@ from compress.encoding import dequantize
 from compress.encoding import pack as pack_bits
 from compress.kernels.timing import copies, seconds
 from compress.kernels.tune import SHAPES, Weight, random_weight
-from compress.kernels.tuning import Config, gpu_of
+from compress.kernels.tuning import BLOCK_M, Config, gpu_of
 from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of, layout_for
 from compress.kernels.w4_matmul.op import w4_matmul
 from compress.kernels.w4_sparse24_matmul import reference
@@ -32,6 +32,7 @@ from compress.kernels.w4_sparse24_matmul.op import instruction_is_right, w4_spar
 _DEVICE = torch.device("cuda", 0)
 _GROUP = 128
 _SPARSE_GROUP = 32
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def run(setup: Setup) -> list[Measurement]:
@@ -51,31 +52,33 @@ def _right(quick: bool) -> Iterator[Measurement]:
 
     worst = {"sums": 0.0, "scaled weights": 0.0}
     exact_decodes = True
-    shapes = (
-        [(4096, 4096), (70, 600)] if quick else [(4096, 4096), (70, 600), (40, 130), (257, 4112), (33, 99)]
-    )
-    for (rows, columns), group_size, zero_points, layout, dtype in itertools.product(
-        shapes, (16, 32, 64, 128), (False, True), LAYOUTS[1:], (torch.bfloat16, torch.float16)
-    ):
-        for scales in (torch.float32, dtype):
-            canonical, packed = random_weight(
-                rows, columns, group_size, layout, zero_points=zero_points, scales=scales, device=_DEVICE
-            )
-            values = _values(canonical, group_size, columns)
-            if scales == dtype:
-                decoded = triton.decoded(*packed, columns, kwidth_of(layout), dtype)
-                exact_decodes &= torch.equal(decoded, values.to(dtype))
-            group = packed[0].shape[1] * 64 // (packed[1].shape[0] * packed[1].shape[2])
-            for m, split in ((1, 1), (16, 1), (17, 1), (33, 1), (5, 2), (40, 2)):
-                if split > packed[1].shape[0]:
-                    continue
-                x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
-                y = torch.full((m, rows), torch.nan, device=_DEVICE)
-                block_m = next(b for b in (16, 32, 64) if m <= b)
-                config = Config(block_m, 64, 4, 2, split)
-                triton.launch(x, *packed, kwidth_of(layout), config, out=y)
-                kind = "scaled weights" if triton.prescaled(group, block_m) else "sums"
-                worst[kind] = max(worst[kind], _error(y, x.double() @ values.double().T))
+    shapes = [(4096, 4096), (70, 600)]
+    if not quick:
+        shapes += [(40, 130), (257, 4112), (33, 99)]
+    own = layout_for(gpu_of(0).capability)
+    formats = [*itertools.product((16, 32, 64, 128), (False, True), [own], _DTYPES, (False, True))]
+    if quick:  # each combination is another program to compile
+        formats = formats[::3]
+    formats += [(128, True, other, torch.bfloat16, True) for other in LAYOUTS[1:] if other != own]
+    launches = itertools.cycle([(1, 1), (40, 2), (16, 1), (33, 1), (5, 2), (17, 1), (18, 2)])
+    for (group_size, zero_points, layout, dtype, wide), (rows, columns) in itertools.product(formats, shapes):
+        scales = torch.float32 if wide else dtype
+        canonical, packed = random_weight(
+            rows, columns, group_size, layout, zero_points=zero_points, scales=scales, device=_DEVICE
+        )
+        values = _values(canonical, group_size, columns)
+        if not wide:
+            decoded = triton.decoded(*packed, columns, kwidth_of(layout), dtype)
+            exact_decodes &= torch.equal(decoded, values.to(dtype))
+        group = packed[0].shape[1] * 64 // (packed[1].shape[0] * packed[1].shape[2])
+        for m, split in itertools.islice(launches, 2):
+            x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
+            y = torch.full((m, rows), torch.nan, device=_DEVICE)
+            block_m = next(b for b in BLOCK_M if m <= b)
+            config = Config(block_m, 64, 4, 2, min(split, packed[1].shape[0]))
+            triton.launch(x, *packed, kwidth_of(layout), config, out=y)
+            kind = "scaled weights" if triton.prescaled(group, block_m) else "sums"
+            worst[kind] = max(worst[kind], _error(y, x.double() @ values.double().T))
     yield true("decoded weights are exact to the last bit", exact_decodes)
     yield measured("scales on sums: relative error, float32 result", worst["sums"], "", "<= 0.00002")
     yield measured(
@@ -110,23 +113,22 @@ def _sparse_right() -> Iterator[Measurement]:
     """The sparse instruction against float64, for one and two blocks of x, with and without split sums."""
     from compress.kernels.w4_sparse24_matmul import triton
 
-    dtypes = (torch.bfloat16, torch.float16)
-    yield true("the sparse instruction is as documented", all(instruction_is_right(0, d) for d in dtypes))
+    yield true("the sparse instruction is as documented", all(instruction_is_right(0, d) for d in _DTYPES))
     worst, same = 0.0, True
+    launches = itertools.cycle([(1, 1), (8, 2), (9, 1), (16, 4), (33, 1)])
     for (rows, columns), zero_points, dtype in itertools.product(
-        [(4096, 4096), (70, 600), (33, 100)], (False, True), dtypes
+        [(4096, 4096), (70, 600), (33, 100)], (False, True), _DTYPES
     ):
         for scales in (torch.float32, dtype):
             packed = _sparse_weight(rows, columns, zero_points, scales)
             codes, metadata, spread, words = packed
             values = reference.decoded(*packed, _SPARSE_GROUP, columns, "sp24").double()
-            for m, split in ((1, 1), (8, 2), (9, 1), (16, 4), (33, 1)):
-                if split > spread.shape[0] or metadata is None:
-                    continue
+            assert metadata is not None
+            for m, split in itertools.islice(launches, 2):
                 x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
                 first, second = (torch.full((m, rows), torch.nan, device=_DEVICE) for _ in range(2))
                 for y in (first, second):
-                    triton.launch(x, codes, metadata, spread, words, split, out=y)
+                    triton.launch(x, codes, metadata, spread, words, min(split, len(spread)), out=y)
                 worst = max(worst, _error(first, x.double() @ values.T))
                 same &= torch.equal(first, second)
     yield measured("2:4: relative error", worst, "", "<= 0.00002")
