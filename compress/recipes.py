@@ -124,6 +124,53 @@ passes:
     group_size: 32
     symmetric: false
 """,
+    "low-rank": """
+metadata:
+  name: low-rank
+  description: >-
+    Half of the parameters of linear layers and convolutions, as chains of smaller layers, then trained
+    towards the model's own outputs on your samples; give it hundreds. Faster in float.
+passes:
+  - pass: cleanup
+  - pass: decompose
+    parameter_reduction: 0.5
+  - pass: recover
+    learning_rate: 0.0005
+""",
+    "tensor-network": """
+metadata:
+  name: tensor-network
+  description: >-
+    Linear layers as matrix product operators with half of the parameters, then trained like low-rank. Where
+    singular values fall quickly, low-rank is better.
+passes:
+  - pass: cleanup
+  - pass: decompose
+    targets: [linear]
+    method: mpo
+    parameter_reduction: 0.5
+  - pass: recover
+    learning_rate: 0.0005
+""",
+    "tensor-network-int4": """
+metadata:
+  name: tensor-network-int4
+  description: >-
+    tensor-network with 4-bit cores: decompose, train, quantize, as CompactifAI does.
+passes:
+  - pass: cleanup
+  - pass: decompose
+    targets: [linear]
+    method: mpo
+    parameter_reduction: 0.5
+    rank_multiple: 32
+  - pass: recover
+    learning_rate: 0.0005
+  - pass: quantize_weights
+    bits: 4
+    group_size: 32
+    symmetric: false
+""",
     "sparse50": """
 metadata:
   name: sparse50

@@ -62,10 +62,11 @@ class Decompose(Pass):
 
     name: ClassVar[str] = "decompose"
 
-    method: Literal["auto", "svd", "alds", "tucker", "mpo"] = Field(
+    method: Literal["auto", "svd", "alds", "tucker", "tt", "cp", "mpo", "kronecker"] = Field(
         "auto",
-        description="svd; alds: svd in slices of the input; tucker: convolutions as 1x1, kernel, 1x1; mpo: "
-        "linear layers as matrix product operators; auto: whichever does best, layer by layer",
+        description="svd; alds: svd in slices of the input; tucker: convolutions as 1x1, kernel, 1x1; tt, cp "
+        "with a column and a row of the kernel; mpo: linear layers as matrix product operators; kronecker: "
+        "as products of two matrices; auto: the best of svd, alds, tucker and mpo, layer by layer",
     )
     parameter_reduction: float | None = Field(
         None, gt=0, lt=1, description="budget: fraction of the targeted parameters to remove"
@@ -129,6 +130,8 @@ class Decompose(Pass):
             raise ValueError(
                 f"allocation: {self.allocation} knows sizes only; give parameter_reduction or max_size"
             )
+        if self.allocation == "minimax" and self.method in ("tt", "cp"):
+            raise ValueError(f"there is no error bound for {self.method}; choose another allocation")
         if self.allocation != "damage" and (self.flop_reduction or self.max_latency):
             raise ValueError(f"allocation: {self.allocation} knows sizes only; leave the other budget out")
         return self
@@ -238,9 +241,9 @@ class Decompose(Pass):
                 layer.declined = "no form of fewer parameters has fewer operations"
                 continue
             if measured:
-                option.chain = decomposer.fit(form, sweeps=0 if form.method == "mpo" else 1).to(weight.dtype)
+                option.chain = decomposer.fit(form, sweeps=0 if form.sites else 1).to(weight.dtype)
                 option.error = output_error(weight, option.chain.decode(), statistics)
-            else:
+            elif self.allocation == "minimax" or self.method == "auto":
                 option.bound = decomposer.bound(form)
             layer.options.append(option)
         if measured:
@@ -488,8 +491,8 @@ class _Problem:
         fitting = [rate for rate in rates if self._within(at(rate))]
         return at(max(fitting, default=0.0))
 
-    def _goodness(self, option: ChainOption) -> float:
-        return option.bound or option.error
+    def _goodness(self, option: ChainOption) -> tuple[float, int]:
+        return option.bound or option.error, -option.parameters
 
     def _minimax(self) -> tuple[int, ...]:
         bounds = [[o.bound for o in layer.options] for layer in self.layers]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from compress.chain import Chain, MatrixProduct, Sliced
-from compress.passes.solvers import alds, mpo, tucker
+from compress.passes.solvers import alds, mpo, separable, tucker
 from compress.passes.solvers.low_rank import spectrum
 
-Method = Literal["svd", "alds", "tucker", "mpo"]
+Method = Literal["svd", "alds", "tucker", "tt", "cp", "mpo", "kronecker"]
 _SLICES = (2, 3, 4, 5, 6, 8)
 """Numbers of slices that ALDS tries."""
 
@@ -24,8 +24,9 @@ class Form:
     """A method and its ranks.
 
     Attributes:
-        method: "svd", "alds", "tucker" or "mpo".
-        ranks: svd ``(r,)``; alds ``(slices, r)``; tucker ``(r_in, r_out)``; mpo ``(bond,)``.
+        method: "svd", "alds", "tucker", "tt", "cp", "mpo", or "kronecker", which is mpo with a bond of 1.
+        ranks: svd and cp ``(r,)``; alds ``(slices, r)``; tucker ``(r_in, r_out)``; tt ``(p, q, s)``; mpo
+            ``(bond,)``.
         sites: of mpo, ``(o_k, i_k)``.
     """
 
@@ -56,7 +57,13 @@ class Form:
             R = empty(r_in, inputs, *ones) if r_in < inputs else None
             L = empty(outputs, r_out, *ones) if r_out < outputs else None
             return self._chain([f for f in (R, empty(r_out, r_in, *kernel), L) if f is not None])
-        if self.method == "mpo":
+        if self.method in ("tt", "cp"):
+            p, q, s = self.ranks * 3 if self.method == "cp" else self.ranks
+            height, width = kernel
+            one = self.method == "cp"
+            inner = [empty(q, 1 if one else p, height, 1), empty(s, 1 if one else q, 1, width)]
+            return self._chain([empty(p, inputs, 1, 1), *inner, empty(outputs, s, 1, 1)])
+        if self.method in ("mpo", "kronecker"):
             bonds = [min(self.ranks[0], b) for b in mpo.full_bonds(self.sites)]
             links = (1, *bonds, 1)
             cores = [empty(links[k], o, i, links[k + 1]) for k, (o, i) in enumerate(self.sites)]
@@ -66,6 +73,8 @@ class Form:
         return self._chain([*slices, empty(outputs, count * rank, *ones)])
 
     def _chain(self, factors: list[Tensor]) -> Chain:
+        if self.method == "cp":
+            return Chain(str(self), tuple(factors), (1, *self.ranks, *self.ranks, 1))
         if self.method != "alds":
             return Chain(str(self), tuple(factors))
         *slices, last = factors
@@ -101,13 +110,21 @@ class Decomposer:
         if method == "tucker":
             ranks = self._modes().ranks(budget, multiple) if self.weight.ndim > 2 else None
             return [Form("tucker", ranks)] if ranks else []
-        if method == "mpo":
+        if method in ("tt", "cp"):
+            if self.weight.ndim != 4 or self.weight[0, 0].numel() == 1:
+                return []
+            if method == "tt":
+                three = separable.train_ranks(self.weight, budget, multiple, self.H)
+                return [Form("tt", three)] if three else []
+            rank = int(budget / separable.canonical_parameters(self.weight.shape, 1)) // multiple * multiple
+            return [Form("cp", (rank,))] if rank else []
+        if method in ("mpo", "kronecker"):
             room = budget - (inputs if self.H is not None else 0)
             found = []
             for sites in mpo.two_sites(outputs, inputs) if self.weight.ndim == 2 else ():
-                bond = mpo.bond_within(sites, room, multiple)
+                bond = mpo.bond_within(sites, room, multiple if method == "mpo" else 1)
                 if bond:
-                    found.append(Form("mpo", (bond,), tuple(sites)))
+                    found.append(Form(method, (bond if method == "mpo" else 1,), tuple(sites)))
             return sorted(found, key=self._cut_off)[:1]
         if method == "svd":
             rank = _rounded(budget / (outputs + columns), min(outputs, columns), multiple)
@@ -138,8 +155,9 @@ class Decomposer:
         return form.hollow(tuple(self.weight.shape), self.H is not None)
 
     def bound(self, form: Form) -> float:
-        """Relative error by singular values alone: of ALDS and SVD in the spectral norm, as ALDS has it, of
-        Tucker and MPO in that of Frobenius.
+        """Relative error by singular values alone, which tt and cp have not.
+
+        Of ALDS and SVD it is in the spectral norm, as ALDS has it, of the others in that of Frobenius.
         """
         if form.method == "svd":
             energies = self._whole().energies
@@ -167,7 +185,11 @@ class Decomposer:
             R, K, L = tucker.tucker2(self.weight, ranks, self.H, start=self._modes(), sweeps=sweeps)
             R, L = (None if f is None else f.reshape(*f.shape, *ones) for f in (R, L))
             return form._chain([f for f in (R, K, L) if f is not None])
-        if form.method == "mpo":
+        if form.method == "tt":
+            return form._chain(separable.tensor_train(self.weight, form.ranks, self.H, sweeps=sweeps))
+        if form.method == "cp":
+            return form._chain(separable.canonical(self.weight, form.ranks[0], self.H, sweeps=sweeps))
+        if form.method in ("mpo", "kronecker"):
             bond = form.ranks[0]
             first, second = self._cores(form.sites)
             cores = [first[..., :bond], second[:bond]]

@@ -73,18 +73,19 @@ def far(one: compress.Graph, other: compress.Graph) -> float:
     return float((a - b).square().sum() / a.square().sum())
 
 
-@pytest.mark.parametrize("method", ["auto", "svd", "alds", "tucker", "mpo"])
+@pytest.mark.parametrize("method", ["auto", "svd", "alds", "tucker", "mpo", "kronecker"])
 def test_the_budget_holds(method: str) -> None:
-    targets = {"mpo": ("linear",), "tucker": ("conv",)}.get(method, ("linear", "conv"))
-    chosen = {"mpo": "cd", "tucker": "ab"}.get(method, "abcd")
+    kinds = {"mpo": "linear", "kronecker": "linear", "tucker": "conv"}
+    targets = (kinds[method],) if method in kinds else ("linear", "conv")
+    chosen = {"linear": "cd", "conv": "ab"}.get("".join(targets), "abcd")
     graph, result = decomposed(
         method=method,
         parameter_reduction=0.4,
         targets=targets,
-        ignore=() if method == "tucker" else ("head",),
+        ignore=() if targets == ("conv",) else ("head",),
     )
     before = sum(graph.tensors[f"{n}.weight"].numel() for n in chosen)
-    assert weights(graph) - weights(result.graph) >= 0.4 * before - (64 if method == "mpo" else 0)
+    assert weights(graph) - weights(result.graph) >= 0.4 * before - (112 if targets == ("linear",) else 0)
     assert work(result.graph) <= work(graph)
     assert {c.site for c in result.changes} <= set(chosen)
     assert all(method == "auto" or c.action.startswith(method) for c in result.changes)
@@ -94,7 +95,8 @@ def test_the_budget_holds(method: str) -> None:
         ]
         assert change.bytes_after == sum(t.numel() * t.element_size() for t in stored)
         assert change.weight not in result.graph.tensors
-    assert far(graph, result.graph) < (0.8 if method == "mpo" else 0.05)
+    loose = {"mpo": 0.8, "kronecker": 1.2}
+    assert far(graph, result.graph) < loose.get(method, 0.05)
 
 
 def test_what_is_of_low_rank_is_found() -> None:
@@ -112,6 +114,15 @@ def test_other_allocations(allocation: str) -> None:
     graph, result = decomposed(method="alds", allocation=allocation, parameter_reduction=0.5)
     assert weights(result.graph) <= 0.5 * weights(graph)
     assert far(graph, result.graph) < 0.3
+
+
+@pytest.mark.parametrize("method", ["tt", "cp"])
+def test_a_factor_for_each_axis(method: str) -> None:
+    options: dict[str, Any] = {"method": method, "allocation": "uniform", "targets": ("a",)}
+    graph, result = decomposed(parameter_reduction=0.5, **options)
+    assert len([s for s in result.graph.sites() if s.name.startswith("a.")]) == 4
+    assert weights(graph) - weights(result.graph) >= 0.5 * graph.tensors["a.weight"].numel()
+    assert far(graph, result.graph) < 0.1
 
 
 def test_operations_as_a_budget() -> None:
@@ -228,6 +239,7 @@ def test_budgets_that_cannot_be_met() -> None:
         ({"flop_reduction": 0.5, "allocation": "minimax"}, "knows sizes only"),
         ({"parameter_reduction": 0.5, "flop_reduction": 0.5, "allocation": "uniform"}, "knows sizes only"),
         ({"max_latency": "soon"}, "no latency"),
+        ({"parameter_reduction": 0.5, "method": "cp", "allocation": "minimax"}, "no error bound"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:

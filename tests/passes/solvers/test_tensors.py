@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.chain import Chain, MatrixProduct, contract
-from compress.passes.solvers import mpo, tucker
+from compress.passes.solvers import mpo, separable, tucker
 from compress.passes.solvers.low_rank import spectrum
 
 Sizes = st.integers(1, 6)
@@ -165,3 +165,56 @@ def test_bonds_fit_the_budget() -> None:
         assert bond == 32 or mpo.parameters(sites, [bond + 1]) > budget
     assert mpo.bond_within(sites, 500, 4) == 4
     assert mpo.two_sites(64, 24) == [((32, 2), (2, 12)), ((16, 4), (4, 6))]
+
+
+# -- one factor for each axis ------------------------------------------------------------------------
+
+
+@settings(max_examples=6, deadline=None)
+@given(Sizes, Sizes, st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_tensor_trains(outputs: int, channels: int, height: int, width: int, known: bool) -> None:
+    weight, H = problem(outputs, channels, height, width)
+    h = H if known else None
+    full = separable.useful(weight.shape)
+    factors = separable.tensor_train(weight, full, h, sweeps=0)
+    assert error(weight, Chain("tt", tuple(factors)).decode()) < 1e-12
+    p, q, s = (max(1, r // 2) for r in full)
+    q = min(q, p * height)
+    ranks = (p, q, min(s, q * width))
+    factors = separable.tensor_train(weight, ranks, h)
+    assert sum(f.numel() for f in factors) == separable.train_parameters(weight.shape, ranks)
+    before = Chain("tt", tuple(separable.tensor_train(weight, ranks, h, sweeps=0))).decode()
+    # the error that is brought down is that on the damped moments
+    assert (
+        error(weight, Chain("tt", tuple(factors)).decode(), H if known else None)
+        <= 1.1 * error(weight, before, H if known else None) + 1e-9
+    )
+
+
+def test_tensor_train_ranks() -> None:
+    weight, H = problem(16, 12, 3, 3)
+    assert separable.train_ranks(weight, 20) is None
+    errors = []
+    for budget in (100, 300, 600, 1200):
+        ranks = separable.train_ranks(weight, budget, H=H)
+        assert ranks is not None and separable.train_parameters(weight.shape, ranks) <= budget
+        errors.append(error(weight, Chain("tt", tuple(separable.tensor_train(weight, ranks, H))).decode(), H))
+    assert errors == sorted(errors, reverse=True)
+    rounded = separable.train_ranks(weight, 1200, 4, H)
+    assert rounded is not None and all(r % 4 == 0 or r in (12, 16) for r in rounded)
+
+
+def test_cp() -> None:
+    """A weight of this rank is found, counts are by the formula, and the inputs are worth knowing."""
+    g = torch.Generator().manual_seed(2)
+    A, B, D, E = (torch.randn(s, generator=g).double() for s in ((3, 8), (3, 3), (3, 3), (9, 3)))
+    weight = torch.einsum("rc,ri,rj,or->ocij", A, B, D, E)
+    factors = separable.canonical(weight, 5)
+    assert sum(f.numel() for f in factors) == separable.canonical_parameters(weight.shape, 5) == 5 * 23
+    assert error(weight, Chain("cp", tuple(factors), (1, 5, 5, 1)).decode()) < 0.02
+    weight, H = problem(12, 8, 3, 3)
+    plain, known = (
+        error(weight, Chain("cp", tuple(separable.canonical(weight, 10, h)), (1, 10, 10, 1)).decode(), H)
+        for h in (None, H)
+    )
+    assert known < 0.8 * plain
