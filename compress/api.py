@@ -310,11 +310,11 @@ def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | No
     from compress.exporters import find
 
     path = Path(path)
-    find(target).check(path)
     for given in keep:
         for name in {given or "", (given or "").rpartition(":")[0]} - {""}:
             if path.exists() and Path(name).exists() and path.samefile(name):
                 raise OutputError(f"{path} is one of the files read", fix="choose another name with -o")
+    find(target).check(path)
 
 
 def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: Any) -> Verification:
