@@ -303,7 +303,10 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
 @click.option("--shape", "shapes", type=(int, int), multiple=True, help="Rows and columns of a weight.")
 @click.option("--group-size", default=32, show_default=True, help="Columns that share a scale.")
 def tune(shapes: tuple[tuple[int, int], ...], group_size: int) -> None:
-    """Measure how this GPU runs 4-bit products best; without --shape, those of common language models."""
+    """Measure how this GPU runs 4-bit products best.
+
+    Without --shape: those of common language models.
+    """
     from compress.kernels.tune import SHAPES
     from compress.kernels.tune import tune as measure
 
