@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
 from compress.passes.decompose import Decompose
+from compress.passes.low_rank_correction import LowRankCorrection
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.pack_sparse import PackSparse
 from compress.passes.prune_chita import PruneChita
@@ -20,6 +21,7 @@ from compress.pipeline import Pass
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "decompose": Decompose,
+    "low_rank_correction": LowRankCorrection,
     "mixed_precision": MixedPrecision,
     "pack_sparse": PackSparse,
     "prune_chita": PruneChita,

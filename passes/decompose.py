@@ -1,16 +1,16 @@
 """Decomposition: layers become chains of smaller ones, with the forms and ranks that do the least damage.
 
 1. Every layer gets a menu: dense, and decompositions of several methods at several ranks, fitted to the
-layer's inputs (`compress.passes.solvers.forms`). A form that would not save parameters and operations is
-none. 2. The damage of each is measured on samples held out from 1: the model runs with that one layer
-decomposed (`compress.sensitivity`). Of methods with the same cost the one of least output error is kept
-before that. 3. The allocator finds the forms of least summed damage within a number of parameters, of
-operations, or of measured milliseconds (`compress.passes.solvers.allocate`). Damages do not quite add up,
-so the most sensitive layers are measured again around the solution, and the choice is made once more. Of
-these two, the same reduction everywhere, and equal error bounds everywhere, the one of least measured
-damage stays. 4. One sequential sweep makes the final chains, each for the inputs it will really get: it
-decomposes the least-squares target where held-out samples agree, and the bias takes what is left of the
-mean.
+   layer's inputs (`compress.passes.solvers.forms`). A form that would not save parameters and operations is
+   none.
+2. The damage of each is measured on samples held out from 1: the model runs with that one layer decomposed
+   (`compress.sensitivity`). What another form beats in cost and output error is dropped before that.
+3. The allocator finds the forms of least summed damage within a number of parameters, of operations, or of
+   measured milliseconds (`compress.passes.solvers.allocate`). Damages do not quite add up, so the most
+   sensitive layers are measured again around the solution, and the choice is made once more. Of these two,
+   the same reduction everywhere, and equal errors everywhere, the one of least measured damage stays.
+4. One sequential sweep makes the final chains, each for the inputs it will really get: it decomposes the
+   least-squares target where held-out samples agree, and the bias takes what is left of the mean.
 
 What results are ordinary linear layers and convolutions: later passes train or quantize them like any other.
 
@@ -395,7 +395,9 @@ class _Problem:
             return first, ["no calibration data: forms chosen by the relative error of each weight"]
         tried = {first: self.damage.of(self._at(first))}
         second = self._solve(self._again(first, context))
-        others = [second] + ([self._uniform()] if math.isfinite(self.parameters) else [])
+        others = [second]
+        if math.isfinite(self.parameters):
+            others += [self._uniform(), self._minimax()]
         for choice in others:
             if choice not in tried and self._within(choice):
                 tried[choice] = self.damage.of(self._at(choice))
@@ -495,7 +497,7 @@ class _Problem:
         return option.bound or option.error, -option.parameters
 
     def _minimax(self) -> tuple[int, ...]:
-        bounds = [[o.bound for o in layer.options] for layer in self.layers]
+        bounds = [[o.bound or o.error for o in layer.options] for layer in self.layers]
         prices = [[float(o.parameters) for o in layer.options] for layer in self.layers]
         return minimax(bounds, prices, self.parameters)
 

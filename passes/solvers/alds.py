@@ -1,9 +1,9 @@
 """ALDS: low rank in slices, and ranks of all layers at once (Liebenwein et al. 2021, arXiv 2107.11442).
 
 The inputs of a layer are cut into k equal slices, ``W = [W_1 .. W_k]``, and every slice gets the same rank
-j: a grouped layer of k j outputs, then a dense one (section 3.1). By Eckart and Young the relative error is
-bounded by ``eps = max_i sigma_{j+1}(W_i) / sigma_1(W)`` (section 3.2). Over a network the largest eps of a
-layer is made as small as a budget allows (section 3.3). The authors alternate between a common eps and the
+j: a grouped layer of k j outputs, then a dense one. By Eckart and Young the relative error is
+bounded by ``eps = max_i sigma_{j+1}(W_i) / sigma_1(W)``. Over a network the largest eps of a
+layer is made as small as a budget allows. The authors alternate between a common eps and the
 k of each layer, from many random starts; but for a given eps the cheapest (k, j) of one layer does not
 depend on the others, so the best of all choices is found by bisection alone (`minimax`).
 

@@ -3,7 +3,7 @@
 With ``H = E[x x^T]`` the error of a new weight B is ``E |W x - B x|^2 = |(W - B) H^1/2|^2`` (Frobenius), so
 the best B of rank r comes from the singular value decomposition ``W H^1/2 = U S V^T`` cut off after r
 values, and its error is the sum of the squares of those cut off (Eckart and Young 1936; SVD-LLM, arXiv
-2403.07378, section 3.2, has it with a Cholesky factor in place of the root). As ``U_r S_r V_r^T = U_r U_r^T
+2403.07378, has it with a Cholesky factor in place of the root). As ``U_r S_r V_r^T = U_r U_r^T
 W H^1/2``, B is
 
     B = U_r (U_r^T W)
