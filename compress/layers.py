@@ -107,15 +107,16 @@ def put(graph: Graph, site: Site, chain: Chain) -> None:
     with ops.inserting_before(layer):
         factors = []
         for i, factor in enumerate(chain.factors):
-            name = f"{stem}.{i}.weight"
+            name = _free(graph, f"{stem}.{i}.weight")
             graph.tensors[name] = factor
             factors.append(ops.get_attr(name))
         step = _Step(ops, layer, site.name)
         if isinstance(chain, MatrixProduct):
             scale = None
             if chain.scale is not None:
-                graph.tensors[f"{stem}.scale"] = chain.scale
-                scale = ops.get_attr(f"{stem}.scale")
+                name = _free(graph, f"{stem}.scale")
+                graph.tensors[name] = chain.scale
+                scale = ops.get_attr(name)
             value = _matrix_product(step, chain, factors, scale)
         elif isinstance(chain, Sliced):
             value = _sliced(step, factors, chain.factors[0].shape[1])
@@ -128,6 +129,11 @@ def put(graph: Graph, site: Site, chain: Chain) -> None:
     if not weight.users:
         ops.erase_node(weight)
         del graph.tensors[site.weight]
+
+
+def _free(graph: Graph, name: str) -> str:
+    """A name no tensor has: the layer may own others, with names like those of a chain."""
+    return name if name not in graph.tensors else _free(graph, f"{name}_chain")
 
 
 class _Step:

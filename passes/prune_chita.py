@@ -79,13 +79,14 @@ class PruneChita(Pass):
         4.0,
         gt=0,
         description="gradients are those of the model's predictions at this temperature; "
-        "null: of the loss with the samples' labels, as in the paper",
+        "null: of the loss with the samples' labels, as in the paper and always with first_order",
     )
     ridge: float | None = Field(
         None,
         gt=0,
         description="of the mean Fisher information; by default the best on held-out samples with method "
-        "best or first_order, else 0.05; with objective layer of the mean square input, 0.03 by default",
+        "best, else 0.05; with first_order 1, and the best once the sparsity is reached; with objective "
+        "layer of the mean square input, 0.03 by default",
     )
     first_order: bool = Field(
         False, description="do not take the model as converged: it is trained further while it is pruned"
@@ -209,8 +210,9 @@ class PruneChita(Pass):
             method=self.method,
             ridge=self.ridge,
             # in the units of sums over mini-batches divided by the root of their size
-            first_order=self.mini_batch**-0.5 if self.first_order else 0.0,
+            first_order=min(self.mini_batch, len(fitting)) ** -0.5 if self.first_order else 0.0,
             judge=judge if chooses else None,
+            steps=trains and self._settled(stage),
         )
 
     def _layer_wise(
@@ -289,7 +291,7 @@ class _Data:
         if not bool(held.any()):
             return self, self
         kept = rows[~held]
-        return self.at(kept[: max(len(kept) // multiple * multiple, 1)]), self.at(rows[held])
+        return self.at(kept[: len(kept) // multiple * multiple or len(kept)]), self.at(rows[held])
 
     def loss(self, graph: Graph) -> float:
         """Mean cross-entropy of a row of logits, nats; with the labels, or the dense probabilities."""

@@ -1,8 +1,9 @@
 """ALDS: low rank in slices, and ranks of all layers at once (Liebenwein et al. 2021, arXiv 2107.11442).
 
 The inputs of a layer are cut into k equal slices, ``W = [W_1 .. W_k]``, and every slice gets the same rank
-j: a grouped layer of k j outputs, then a dense one. By Eckart and Young the relative error is
-bounded by ``eps = max_i sigma_{j+1}(W_i) / sigma_1(W)``. Over a network the largest eps of a
+j: a grouped layer of k j outputs, then a dense one. By Eckart and Young the relative error in the spectral
+norm is bounded by ``eps = sqrt(k) max_i sigma_{j+1}(W_i) / sigma_1(W)`` (the authors' code leaves the root
+out, which lets slices seem better than they are). Over a network the largest eps of a
 layer is made as small as a budget allows. The authors alternate between a common eps and the
 k of each layer, from many random starts; but for a given eps the cheapest (k, j) of one layer does not
 depend on the others, so the best of all choices is found by bisection alone (`minimax`).
@@ -41,7 +42,7 @@ class Slices:
     def bound(self, rank: int) -> float:
         """eps of the module docstring; 0 at full rank."""
         left = [float(s.energies[rank]) if rank < len(s.energies) else 0.0 for s in self.spectra]
-        return (max(left) / self.largest) ** 0.5 if self.largest > 0 else 0.0
+        return (len(left) * max(left) / self.largest) ** 0.5 if self.largest > 0 else 0.0
 
     def error(self, rank: int) -> float:
         """What is cut off of all slices, relative to what they have, were they independent."""

@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.errors import PassError
 from compress.passes.solvers.fisher import Gradients
 from compress.passes.solvers.masks import Scope, keep_largest_of
 
@@ -156,7 +157,7 @@ def _solved(matrix: Tensor, ridge: float, r: Tensor) -> Tensor:
     """``(A + ridge I)^-1 r``, float64 ``[m]``."""
     ridged = matrix.clone()
     ridged.diagonal().add_(max(ridge, _LEAST_RIDGE))
-    return torch.cholesky_solve(r.unsqueeze(1), torch.linalg.cholesky(ridged)).squeeze(1)
+    return torch.cholesky_solve(r.unsqueeze(1), _cholesky(ridged)).squeeze(1)
 
 
 def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = False) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,23 @@ def _factor(matrices: Tensor, ridge: float) -> Tensor:
     """Cholesky factors of ``A + ridge I``: computed in double precision, float32 ``[..., m, m]``."""
     matrices = matrices.double()
     matrices.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    return torch.linalg.cholesky(matrices).float()
+    return _cholesky(matrices).float()
+
+
+def _cholesky(matrices: Tensor) -> Tensor:
+    """Factors of float64 ``[..., m, m]``, sums of products in float32: a ridge below their rounding does
+    not make them positive definite, so the least that does is added.
+    """
+    rounding = 1e-7 * matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    for attempt in range(6):
+        factors, failed = torch.linalg.cholesky_ex(matrices)
+        if not bool(failed.any()):
+            return factors
+        matrices = matrices.clone()
+        matrices.diagonal(dim1=-2, dim2=-1).add_(rounding * 10**attempt)
+    raise PassError(
+        "the gradients of the samples are not finite", expected="finite ones; look at the samples"
+    )
 
 
 def _inverse_diagonal(g: Tensor, factor: Tensor, n: int, ridge: float) -> Tensor:
@@ -321,6 +338,7 @@ def solve(
     ridge: float | None = None,
     first_order: float = 0.0,
     judge: Callable[[tuple[Tensor, ...]], float] | None = None,
+    steps: bool = False,
 ) -> Solution:
     """Prune.
 
@@ -332,11 +350,12 @@ def solve(
         method: `obs`: Optimal Brain Surgeon by rows; `obd`: Optimal Brain Damage, solved jointly;
             `magnitude`: the largest weights, solved jointly; `thresholding`: iterations from there; `best`:
             what the judge likes best of these, of the other form of the Fisher information, and of ridges.
-        ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, for all of
-            `TRAINING_RIDGES` with a first-order term, else for the first.
+        ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first;
+            with a first-order term for those of `TRAINING_RIDGES`.
         first_order: c of the model.
         judge: where there is something to choose, the loss of given weights on samples that `gradients` does
             not hold.
+        steps: choose damping and length of the step of training too.
     """
     unit = mean_diagonal(gradients)
     if ridge is not None:
@@ -352,7 +371,7 @@ def solve(
         found = _best(first, others, sparsity, scope, judge)
     else:
         found = _BY[method](first, sparsity, scope)
-    if not first_order or judge is None or ridge is not None:
+    if not steps or judge is None:
         return found
     choices = [(unit * r, first_order * step) for r in ridges for step in _STEPS]
     values = (found.values, *joint_solutions(first, found.masks, choices))

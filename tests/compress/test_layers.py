@@ -112,6 +112,22 @@ def test_convolutions(dimensions: int, padding: str | int) -> None:
         assert operations(cp, [x]) == 2 * counts
 
 
+def test_a_layer_that_owns_tensors_named_like_those_of_a_chain() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4, bias=False)
+            self.scale = nn.Parameter(noise(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    x = noise(3, 6)
+    graph = compress.capture(nn.Sequential(Scaled()).double().eval(), (x,))
+    scale = graph.tensors["0.scale"].clone()
+    after = check(graph, MatrixProduct.of("mpo", [noise(1, 2, 3, 2), noise(2, 2, 2, 1)], noise(6)), x)
+    assert torch.equal(after.tensors["0.scale"], scale)
+
+
 def test_a_strided_convolution_of_one_pixel() -> None:
     x = noise(2, 6, 9, 9)
     graph = compress.capture(nn.Sequential(nn.Conv2d(6, 7, 1, stride=2)).double().eval(), (x,))

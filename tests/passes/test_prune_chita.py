@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import compress
 from compress.data import load_calibration
 from compress.errors import CalibrationError, PassError
-from compress.passes.prune_chita import PruneChita
+from compress.passes.prune_chita import PruneChita, _Data
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.pipeline import Context, PassResult
@@ -78,6 +78,12 @@ def test_labels_do_not_matter_to_predictions() -> None:
     for change in with_labels.changes:
         assert torch.equal(with_labels.graph.weight(change.weight), without.graph.weight(change.weight))
     assert not without.notes
+
+
+def test_a_mini_batch_of_more_samples_than_there_are_is_one_of_all() -> None:
+    data = _Data((torch.arange(60.0).unsqueeze(1),), None, None)  # type: ignore[arg-type]
+    assert [len(part) for part in data.split(50)] == [48, 12]
+    assert [len(part) for part in data.split(20)] == [40, 12]
 
 
 def test_first_order_takes_labels() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.errors import PassError
 from compress.passes.solvers.chita import (
     Block,
     Quadratic,
@@ -231,8 +232,20 @@ def test_a_training_step_is_the_one_the_judge_likes() -> None:
         def distance(values: tuple[Tensor, ...], wanted: tuple[Tensor, ...] = wanted) -> float:
             return float((flat(values) - flat(wanted)).norm())
 
-        found = solve(weights, gradients, 0.6, method="obd", first_order=1.0, judge=distance)
+        found = solve(weights, gradients, 0.6, method="obd", first_order=1.0, judge=distance, steps=True)
         assert_close(flat(wanted), flat(found.values), db=60)
+
+
+@pytest.mark.parametrize("method", ["obs", "obd"])
+def test_a_ridge_below_rounding(method: str) -> None:
+    """The same five samples twenty times: their products have no inverse."""
+    generator = torch.Generator().manual_seed(0)
+    x, delta = (torch.randn(5, 1, k, generator=generator).repeat(20, 1, 1) for k in (60, 8))
+    weight = torch.randn(8, 60, generator=generator)
+    found = solve((weight,), (Gradients(x, delta),), 0.5, method=method, ridge=1e-9)  # type: ignore[arg-type]
+    assert bool(found.values[0].isfinite().all())
+    with pytest.raises(PassError, match="not finite"):
+        solve((weight,), (Gradients(x / 0, delta),), 0.5, method=method, ridge=1e-9)  # type: ignore[arg-type]
 
 
 def test_ridge_is_relative_to_the_fisher_information() -> None:
