@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import platform
 import sys
 import time
@@ -407,13 +408,16 @@ def _trusting(call: Callable[[bool], Any], trust: bool, progress: _Watching | No
 
 
 def _stored_results(verification: Any) -> dict[str, Any]:
-    """What goes into the file: no timings, they differ from run to run and the file must not."""
+    """What goes into the file: no timings, they differ from run to run; no infinities, JSON has none."""
     compared = [
         {"what": c.what, "output": c.output, "cosine": round(c.cosine, 4), "top1": round(c.top1, 4)}
         for c in verification.comparisons
         if c.what == "file vs original"
     ]
-    metric = {name: float(f"{value:.6g}") for name, value in verification.metric.items()}
+    metric = {
+        name: float(f"{value:.6g}") if math.isfinite(value) else str(value)
+        for name, value in verification.metric.items()
+    }
     return {"compared": compared, "metric": metric, "inputs": verification.inputs}
 
 

@@ -282,7 +282,7 @@ def dequantize(
         values = values - unpack(zero_points, bits, groups).float().unsqueeze(-1)
     values = values * scales.unsqueeze(-1)
     # clone: a custom op may not return a view of what it made when columns happen to fill the groups
-    return values.view(rows, -1)[:, :columns].reshape(shape).clone()
+    return values.view(rows, groups * group_size)[:, :columns].reshape(shape).clone()
 
 
 @dequantize.register_fake

@@ -50,6 +50,8 @@ from compress.sniff import PACKAGE_KEY
 
 _FORMAT = 1
 _LIBRARIES = ("aten", "compress", "prims", "torchvision")
+_FILES = {"file", "filename", "path", "url"}
+"""Arguments by which an operator would reach out of the process (``aten::from_file``)."""
 _REACH_OUT = ("aten::from_file", "aten::save")
 _ENCODINGS: dict[str, tuple[type[Any], type[Any]]] = {
     "integers": (IntEncoding, EncodedWeight),
@@ -103,7 +105,14 @@ def write_package(graph: Graph, path: Path, metadata: Mapping[str, Any] | None =
         metadata: JSON-able, stored beside the program; `read_metadata` gives it back.
     """
     text = _dump({**_program(graph), "metadata": dict(metadata or {})})
-    save_file({name: _own(tensor) for name, tensor in graph.tensors.items()}, path, {PACKAGE_KEY: text})
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in graph.tensors.items():
+        own = _own(tensor)
+        # views of one buffer: each is stored
+        stored[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    save_file(stored, path, {PACKAGE_KEY: text})
 
 
 def program(graph: Graph) -> str:
@@ -174,12 +183,19 @@ def _node(node: fx.Node) -> list[Any]:
 def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = target.name()
-        if name.split("::")[0] in _LIBRARIES and name not in _REACH_OUT:
+        if _may_be_called(target):
             return name
         raise _Unwritable(f"operator {name} is none of {', '.join(_LIBRARIES)}")
     if target in _NAMES:
         return _NAMES[target]
     raise _Unwritable(f"{target} is no operator that can be named in a file")
+
+
+def _may_be_called(operator: torch._ops.OpOverload) -> bool:
+    """Asked of the operator itself: one has many spellings."""
+    schema = operator._schema
+    inside = schema.name not in _REACH_OUT and not any(a.name in _FILES for a in schema.arguments)
+    return inside and schema.name.split("::")[0] in _LIBRARIES
 
 
 def _value(value: Any) -> Any:
@@ -346,9 +362,9 @@ def _operator(name: str) -> Any:
         return _FUNCTIONS[name]
     library, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
-    if library in _LIBRARIES and name not in _REACH_OUT:
+    if library in _LIBRARIES:
         found = getattr(getattr(getattr(torch.ops, library), packet, None), overload or "default", None)
-        if isinstance(found, torch._ops.OpOverload):
+        if isinstance(found, torch._ops.OpOverload) and _may_be_called(found):
             return found
     raise ModelFileError(
         f"the file calls {name}, which PyTorch {torch.__version__} does not have or which no file may call",

@@ -113,7 +113,7 @@ passes:
 metadata:
   name: int4-sparse
   description: >-
-    2:4 sparsity, then 4-bit weights. ONNX Runtime gains nothing from the zeros, sparse GPU kernels do.
+    2:4 sparsity, then 4-bit weights. ONNX Runtime gains nothing from the zeros; sparse tensor cores can.
 passes:
   - pass: cleanup
   - pass: prune_magnitude

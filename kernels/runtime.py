@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -77,10 +78,11 @@ def as_module(graph: Graph, decode: Decode = "run") -> CompressedModule:
 
 
 def layout_of(device: torch.device) -> str:
-    """The layout in which a device reads 4-bit weights fastest."""
-    if device.type != "cuda":
+    """The layout in which a device reads 4-bit weights fastest; the canonical one without a kernel for it."""
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return CANONICAL
-    return layout_for(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return layout_for(capability) if capability >= (8, 0) else CANONICAL
 
 
 def for_device(module: CompressedModule, layout: str) -> None:

@@ -98,12 +98,13 @@ def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
     """The launch measured for the nearest shape, if less than twice or half as large; else `rule`."""
     size = math.log2(problem.rows * problem.columns)
     near = [
-        (abs(math.log2(e["rows"] * e["columns"]) - size), e)
+        # of as many weights, those of the same form
+        ((abs(math.log2(e["rows"] * e["columns"]) - size), abs(math.log2(e["rows"] / problem.rows))), e)
         for e in table(gpu)
         if (e["operator"], e["group"], e["config"]["block_m"]) == (operator, problem.group, problem.block_m)
     ]
     if near:
-        distance, entry = min(near, key=lambda pair: pair[0])
+        (distance, _), entry = min(near, key=lambda pair: pair[0])
         config = Config(**entry["config"])
         if distance < 1 and fits(config, problem):
             return config

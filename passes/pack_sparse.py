@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 
 from compress.bitmap import BitmapEncoding, encode_bitmap
@@ -40,8 +41,8 @@ class PackSparse(Pass):
                 notes.append(Note(site.name, f"already {graph.encodings[site.weight].encoding}"))
                 continue
             weight = graph.weight(site.weight)
-            if not weight.is_floating_point():
-                notes.append(Note(site.name, f"{weight.dtype} is not a floating-point weight"))
+            if not weight.is_floating_point() or weight.dtype == torch.float64:
+                notes.append(Note(site.name, f"{weight.dtype} is no floating point of up to 32 bits"))
                 continue
             kept, size = int((weight != 0).sum()), weight.element_size()
             before = weight.numel() * size

@@ -78,6 +78,25 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
     assert sum("embed" in n or "head" in n for n in load_file(tmp_path / "tied.safetensors")) == 3
 
 
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared = torch.arange(8.0)
+        self.register_buffer("a", shared)
+        self.register_buffer("b", shared.view(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.b + self.a[:4]
+
+
+def test_views_of_one_buffer(tmp_path: Path) -> None:
+    x = torch.ones(3, 2)
+    graph = compress.capture(Views(), (x,))
+    assert unwritable(graph) == []
+    write_package(graph, tmp_path / "views.safetensors")
+    assert torch.equal(read_package(tmp_path / "views.safetensors").run([x])[0], Views()(x))
+
+
 class Arguments(nn.Module):
     """Every kind of argument an operator can have, nested inputs and outputs, views of one buffer."""
 
@@ -151,6 +170,9 @@ INJECTION = '__import__("os").system("touch hacked")'
 ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a function": (lambda d: node(d, "aten::linear").__setitem__(1, "torch.os.system"), "no file"),
     "an operator on files": (lambda d: node(d, "aten::linear").__setitem__(1, "aten::from_file"), "no file"),
+    "its overload": (lambda d: node(d, "aten::linear").__setitem__(1, "aten::from_file.default"), "no file"),
+    "another": (lambda d: node(d, "aten::linear").__setitem__(1, "aten::from_file.out"), "no file"),
+    "a dot": (lambda d: node(d, "aten::linear").__setitem__(1, "aten::save."), "no file"),
     "an attribute": (lambda d: node(d, "aten::linear").__setitem__(1, "aten::__class__"), "no file"),
     "another library": (lambda d: node(d, "aten::linear").__setitem__(1, "evil::op"), "no file"),
     "code as an input": (lambda d: node(d, "input").__setitem__(2, f"x={INJECTION}"), "no name of"),

@@ -56,3 +56,9 @@ def test_operator_passes_torch_opcheck() -> None:
         torch.zeros(4, 9, dtype=torch.uint8), torch.ones(4, 1), None, IntEncoding(4), (4, 3, 3), torch.float32
     )
     torch.library.opcheck(dequantize, (encoded.codes, encoded.scales, None, 4, 9, [4, 3, 3]))
+
+
+def test_no_rows() -> None:
+    """A lookup of nothing."""
+    empty = torch.zeros(0, 4, dtype=torch.uint8), torch.zeros(0, 1), None
+    assert dequantize(*empty, 4, 8, [0, 8]).shape == (0, 8)

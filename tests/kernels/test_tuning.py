@@ -74,6 +74,19 @@ def test_what_was_measured_goes_before_the_rule(tables: Path) -> None:
     assert choose("w4_matmul", near, SMALL) == rule(near, SMALL)
 
 
+def test_of_as_many_weights_those_of_the_same_form(tables: Path) -> None:
+    entries = [
+        {
+            "operator": "w4_matmul", "rows": rows, "columns": (1 << 26) // rows, "group": 128, "m": 1,
+            "config": {"block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "split_k": split},
+        }
+        for rows, split in ((16384, 1), (4096, 4))
+    ]  # fmt: skip
+    (tables / "nvidia-h200.json").write_text(json.dumps({"entries": entries}))
+    assert choose("w4_matmul", problem(1, 16384, 4096, 128), H200).split_k == 1
+    assert choose("w4_matmul", problem(1, 4096, 16384, 128), H200).split_k == 4
+
+
 def test_a_measured_launch_that_does_not_fit_is_not_taken(tables: Path) -> None:
     config = {"block_m": 16, "block_n": 128, "warps": 4, "stages": 3, "split_k": 8}
     entry: dict[str, Any] = {"operator": "w4_matmul", "rows": 4096, "columns": 512, "group": 128, "m": 1}

@@ -55,6 +55,14 @@ def test_what_would_not_become_smaller_is_left() -> None:
     assert any(note.reason.startswith("already int4") for note in result.report.passes[1].notes)
 
 
+def test_float64_is_left() -> None:
+    module = nn.Linear(64, 64).double().eval()
+    steps: list[Any] = [PruneMagnitude(sparsity=0.9, refit=False), PackSparse()]
+    result = compress.run(module, steps, example_inputs=(torch.zeros(2, 64, dtype=torch.float64),))
+    assert not result.graph.encodings
+    assert "float64" in result.report.passes[1].notes[0].reason
+
+
 def test_recover_trains_the_values_and_keeps_the_zeros() -> None:
     example = MODELS["convnet"]
     passes: list[Any] = [
