@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ class CompressedModule(fx.GraphModule):
 
     def __init__(self, root: Any, graph: fx.Graph, class_name: str = "CompressedModule") -> None:
         super().__init__(root, graph, class_name)
+        # torch leaves these three methods without annotations
         self.register_state_dict_post_hook(_give_canonical)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_canonical)  # type: ignore[no-untyped-call]
 
@@ -176,7 +176,10 @@ def _read(module: fx.GraphModule, product: fx.Node, targets: list[str | None], l
 
 
 def _get(module: fx.GraphModule, target: str) -> Tensor:
-    tensor: Tensor = reduce(getattr, target.split("."), module)  # type: ignore[assignment, arg-type]
+    path, _, name = target.rpartition(".")
+    owner = module.get_submodule(path)
+    tensor = getattr(owner, name)
+    assert isinstance(tensor, Tensor)
     return tensor
 
 

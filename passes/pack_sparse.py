@@ -15,7 +15,7 @@ from pydantic import Field
 
 from compress.bitmap import BitmapEncoding, encode_bitmap
 from compress.graph import Graph
-from compress.passes.quantize_weights import WORTH_IT
+from compress.passes.quantize_weights import WORTH_IT, change
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 
@@ -53,17 +53,7 @@ class PackSparse(Pass):
                     Note(site.name, f"{share:.1%} zeros save {max(before - after, 0)} bytes; left as it is")
                 )
                 continue
-            result.set_encoding(site.weight, encode_bitmap(weight))
-            changes.append(
-                Change(
-                    site=site.name,
-                    weight=site.weight,
-                    action="bitmap",
-                    bits=8 * after / weight.numel(),
-                    sparsity=1 - kept / weight.numel(),
-                    bytes_before=before,
-                    bytes_after=after,
-                    error=0.0,
-                )
-            )
+            encoded = encode_bitmap(weight)
+            result.set_encoding(site.weight, encoded)
+            changes.append(change(site, weight, encoded, None))
         return PassResult(result, tuple(changes), tuple(notes))
