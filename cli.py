@@ -153,7 +153,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="2GB",
     show_default=True,
     metavar="SIZE",
-    help="Memory for activations while calibrating; the rest goes to disk.",
+    help="Memory for activations while calibrating; the rest goes to disk. Gradients (prune_chita) must fit.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")

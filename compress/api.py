@@ -90,7 +90,8 @@ def run(
         seed: of everything random.
         inputs, model, trust: as for `capture`.
         tokenizer, normalize, samples: as for `load_calibration`.
-        max_memory: bytes of activations kept in memory while calibrating.
+        max_memory: bytes of activations kept in memory while calibrating, and of gradients that are
+            all needed at once.
         progress: told about every layer.
 
     Raises:

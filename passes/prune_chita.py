@@ -19,7 +19,7 @@ the inputs it will get comes close to what the original does from its own (`comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -151,7 +151,7 @@ class PruneChita(Pass):
         result, solution = graph.copy(), None
         for stage in range(self.stages):
             part = data.part(stage, self.samples)
-            solution = self._stage(result, tuple(sites), part, stage, context.seed + stage)
+            solution = self._stage(result, tuple(sites), part, stage, context)
             for weight, values in zip(sites, solution.values, strict=True):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
@@ -184,15 +184,19 @@ class PruneChita(Pass):
         """Whether gradients are those of the labels' loss."""
         return self.first_order or self.temperature is None
 
-    def _stage(self, graph: Graph, names: tuple[str, ...], data: _Data, stage: int, seed: int) -> Solution:
+    def _stage(
+        self, graph: Graph, names: tuple[str, ...], data: _Data, stage: int, context: Context
+    ) -> Solution:
         trains = self.first_order and self.ridge is None
         # while the sparsity rises steps stay short, so that what goes next is chosen near where it counts
         chooses = self.method == "best" or (trains and self._settled(stage))
         fitting, held_out = data.split(self.mini_batch) if chooses or trains else (data, data)
         if not self._labelled:
             fitting = replace(fitting, labels=None)
-        generator = torch.Generator().manual_seed(seed)
-        collected = _collect(graph, names, fitting, self.mini_batch, generator, self.temperature or 1.0)
+        generator = torch.Generator().manual_seed(context.seed + stage)
+        collected = _collect(
+            graph, names, fitting, self.mini_batch, generator, self.temperature or 1.0, context.max_memory
+        )
         weights = tuple(graph.weight(name).flatten(1).float() for name in names)
         trial = graph.copy()
 
@@ -319,6 +323,7 @@ def _collect(
     mini_batch: int,
     generator: torch.Generator,
     temperature: float,
+    max_memory: int,
 ) -> tuple[Gradients, ...]:
     """Gradients of all samples for each weight, summed over all places where it is used."""
     size = min(mini_batch, len(data))
@@ -333,14 +338,27 @@ def _collect(
             elements = max(elements, (factors.x.numel() + factors.delta.numel()) // len(part))
             new = _gradients(factors)
             found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
-        for name in names:
-            new = found.pop(name).merged(size)
-            if name not in collected:
-                collected[name] = new.room(len(data) // size)
+        merged = {name: found.pop(name).merged(size) for name in names}
+        if not collected:
+            _check_memory(merged.values(), len(data) // size, size, max_memory)
+            collected = {name: new.room(len(data) // size) for name, new in merged.items()}
+        for name, new in merged.items():
             collected[name].put(start // size, new)
         start += len(part)
         at_once = max(1, _AT_ONCE // (elements * size)) * size
     return tuple(collected[name] for name in names)
+
+
+def _check_memory(first: Iterable[Gradients], groups: int, size: int, max_memory: int) -> None:
+    """Refuse before the work what does not fit: gradients are all needed at once, and not spilled."""
+    each = sum(gradients.nbytes / gradients.samples for gradients in first)
+    if groups * each > max_memory:
+        fitting = int(max_memory / each) * size
+        raise PassError(
+            f"prune_chita: the gradients of {groups * size:,} samples take {groups * each / 1e6:,.1f} MB",
+            expected=f"at most max_memory, {max_memory / 1e6:,.1f} MB: {fitting:,} samples of this model",
+            fix="set samples, add up more of them by mini_batch, raise max_memory, or choose objective: layer",
+        )
 
 
 def _gradients(factors: SiteGradient) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ def test_a_mini_batch_of_more_samples_than_there_are_is_one_of_all() -> None:
     data = _Data((torch.arange(60.0).unsqueeze(1),), None, None)  # type: ignore[arg-type]
     assert [len(part) for part in data.split(50)] == [48, 12]
     assert [len(part) for part in data.split(20)] == [40, 12]
+
+
+def test_gradients_that_do_not_fit_are_refused() -> None:
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    x = torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    data = load_calibration([(x,)], inputs=graph.inputs)
+    step = PruneChita(sparsity=0.5, method="obs")
+    with pytest.raises(PassError, match=r"gradients of 40 samples take 0\.5 MB") as e:
+        step.apply(graph, Context(graph, data, max_memory=1 << 18))
+    (fitting,) = (int(n) for n in re.findall(r": (\d+) samples", str(e.value)))
+    assert 0 < fitting < 40
+    for samples, fits in ((fitting, True), (fitting + 1, False)):
+        limited = step.model_copy(update={"samples": samples})
+        if fits:
+            limited.apply(graph, Context(graph, data, max_memory=1 << 18))
+        else:
+            with pytest.raises(PassError, match="max_memory"):
+                limited.apply(graph, Context(graph, data, max_memory=1 << 18))
 
 
 def test_first_order_takes_labels() -> None:
