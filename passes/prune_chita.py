@@ -10,8 +10,8 @@ information as Hessian (`compress.passes.solvers.chita`). Three things are left 
 - **Support, form of the Fisher information, and ridge.** By `method: best` four samples of five give
   gradients, and the loss of the pruned model on the fifth decides.
 - **How often.** With several `stages` the sparsity rises exponentially, and gradients are taken anew at the
-  weights of each (CHITA++, section 3.3). With `first_order` each of them is a step of training, too, by the
-  labels' loss; the last ones are nothing else.
+  weights of each (CHITA++, section 3.3). With `first_order` each of them is a step of training, too, down
+  the gradient of the labels' loss; the last ones are nothing else.
 
 `objective: layer` needs neither labels nor gradients: layer after layer, what the pruned one computes from
 the inputs it will get comes close to what the original does from its own (`compress.passes.solvers.alps`).
@@ -19,7 +19,7 @@ the inputs it will get comes close to what the original does from its own (`comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -79,17 +79,17 @@ class PruneChita(Pass):
         4.0,
         gt=0,
         description="gradients are those of the model's predictions at this temperature; "
-        "null: of the loss with the samples' labels, as in the paper and always with first_order",
+        "null: of the loss with the samples' labels, as in the paper",
     )
     ridge: float | None = Field(
         None,
         gt=0,
         description="of the mean Fisher information; by default the best on held-out samples with method "
-        "best, else 0.05; with first_order 1, and the best once the sparsity is reached; with objective "
-        "layer of the mean square input, 0.03 by default",
+        "best or first_order, else 0.05; with objective layer of the mean square input, 0.03 by default",
     )
     first_order: bool = Field(
-        False, description="do not take the model as converged: it is trained further while it is pruned"
+        False,
+        description="do not take the model as converged: it is trained further while it is pruned",
     )
     refit: bool = Field(
         True, description="refit the survivors by least squares, layer after layer; not with first_order"
@@ -139,7 +139,7 @@ class PruneChita(Pass):
         notes: list[Note],
     ) -> tuple[Graph, Sequence[Change]]:
         data = _Data.of(graph, calibration)
-        if data.labels is None and self._labelled:
+        if data.labels is None and (self.first_order or self.temperature is None):
             if self.first_order:
                 raise CalibrationError(
                     "first_order trains the model on the labels of the calibration data, which has none",
@@ -175,25 +175,15 @@ class PruneChita(Pass):
         rising = max(1, round(_RISING * self.stages)) if self.first_order else self.stages
         return self.sparsity if stage + 1 >= rising else 1 - (1 - self.sparsity) ** ((stage + 1) / rising)
 
-    def _settled(self, stage: int) -> bool:
-        """Whether the sparsity was there before this stage."""
-        return stage > 0 and self._sparsity(stage - 1) == self._sparsity(stage)
-
-    @property
-    def _labelled(self) -> bool:
-        """Whether gradients are those of the labels' loss."""
-        return self.first_order or self.temperature is None
-
     def _stage(
         self, graph: Graph, names: tuple[str, ...], data: _Data, stage: int, context: Context
     ) -> Solution:
-        trains = self.first_order and self.ridge is None
-        # while the sparsity rises steps stay short, so that what goes next is chosen near where it counts
-        chooses = self.method == "best" or (trains and self._settled(stage))
-        fitting, held_out = data.split(self.mini_batch) if chooses or trains else (data, data)
-        if not self._labelled:
-            fitting = replace(fitting, labels=None)
+        chooses = self.method == "best" or self.first_order
+        fitting, held_out = data.split(self.mini_batch) if chooses else (data, data)
         generator = torch.Generator().manual_seed(context.seed + stage)
+        linear = _mean_gradient(graph, names, fitting, generator) if self.first_order else None
+        if self.temperature is not None:
+            fitting = replace(fitting, labels=None)
         collected = _collect(
             graph, names, fitting, self.mini_batch, generator, self.temperature or 1.0, context.max_memory
         )
@@ -213,10 +203,8 @@ class PruneChita(Pass):
             scope=self.scope,
             method=self.method,
             ridge=self.ridge,
-            # in the units of sums over mini-batches divided by the root of their size
-            first_order=min(self.mini_batch, len(fitting)) ** -0.5 if self.first_order else 0.0,
+            linear=linear,
             judge=judge if chooses else None,
-            steps=trains and self._settled(stage),
         )
 
     def _layer_wise(
@@ -325,10 +313,41 @@ def _collect(
     temperature: float,
     max_memory: int,
 ) -> tuple[Gradients, ...]:
-    """Gradients of all samples for each weight, summed over all places where it is used."""
+    """Gradients of all samples for each weight."""
     size = min(mini_batch, len(data))
-    sites = [site for site in graph.sites() if site.weight in names]
     collected: dict[str, Gradients] = {}
+    for start, part in _parts(graph, names, data, size, generator, temperature):
+        merged = {name: gradients.merged(size) for name, gradients in part.items()}
+        if not collected:
+            _check_memory(merged.values(), len(data) // size, size, max_memory)
+            collected = {name: new.room(len(data) // size) for name, new in merged.items()}
+        for name, new in merged.items():
+            collected[name].put(start // size, new)
+    return tuple(collected[name] for name in names)
+
+
+def _mean_gradient(
+    graph: Graph, names: tuple[str, ...], data: _Data, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Of the loss of a sample with its labels: float32 ``[O, K]`` each."""
+    total = {name: torch.zeros_like(graph.weight(name).flatten(1), dtype=torch.float32) for name in names}
+    for _, part in _parts(graph, names, data, 1, generator, 1.0):
+        for name, gradients in part.items():
+            total[name] += gradients.transposed(torch.ones(gradients.samples))
+    return tuple(total[name].div_(len(data)) for name in names)
+
+
+def _parts(
+    graph: Graph,
+    names: tuple[str, ...],
+    data: _Data,
+    size: int,
+    generator: torch.Generator,
+    temperature: float,
+) -> Iterator[tuple[int, dict[str, Gradients]]]:
+    """Gradients of a few samples at a time, a multiple of a number: the first sample's index, and for each
+    weight the sum over all places where it is used."""
+    sites = [site for site in graph.sites() if site.weight in names]
     start, at_once = 0, size
     while start < len(data):
         part = data.at(torch.arange(start, min(start + at_once, len(data))))
@@ -338,15 +357,9 @@ def _collect(
             elements = max(elements, (factors.x.numel() + factors.delta.numel()) // len(part))
             new = _gradients(factors)
             found[site.weight] = found[site.weight].plus(new) if site.weight in found else new
-        merged = {name: found.pop(name).merged(size) for name in names}
-        if not collected:
-            _check_memory(merged.values(), len(data) // size, size, max_memory)
-            collected = {name: new.room(len(data) // size) for name, new in merged.items()}
-        for name, new in merged.items():
-            collected[name].put(start // size, new)
+        yield start, found
         start += len(part)
         at_once = max(1, _AT_ONCE // (elements * size)) * size
-    return tuple(collected[name] for name in names)
 
 
 def _check_memory(first: Iterable[Gradients], groups: int, size: int, max_memory: int) -> None:
@@ -357,7 +370,7 @@ def _check_memory(first: Iterable[Gradients], groups: int, size: int, max_memory
         raise PassError(
             f"prune_chita: the gradients of {groups * size:,} samples take {groups * each / 1e6:,.1f} MB",
             expected=f"at most max_memory, {max_memory / 1e6:,.1f} MB: {fitting:,} samples of this model",
-            fix="set samples, add up more of them by mini_batch, raise max_memory, or choose objective: layer",
+            fix="set samples, add up more of them by mini_batch, raise max_memory, or take objective: layer",
         )
 
 

@@ -34,9 +34,12 @@ from compress.passes.prune_random import PruneRandom
 from compress.pipeline import Context
 
 _ONE_SHOT: dict[str, Any] = {"method": "obs", "mini_batch": 16}
-_STAGES: dict[str, Any] = {"method": "obd", "mini_batch": 16, "stages": 15, "first_order": True}
+_STAGES: dict[str, Any] = {
+    "method": "obd", "mini_batch": 16, "stages": 15, "samples": 20_000,
+    "first_order": True, "temperature": 2.0,
+}  # fmt: skip
 _STAGES_BARS = {0.5: 96.6, 0.6: 96.6, 0.7: 96.5, 0.8: 96.4, 0.9: 96.3, 0.95: 95.7, 0.98: 90.7}
-_RESNET: dict[str, Any] = {"method": "obs", "mini_batch": 5, "ignore": ("*downsample*",)}
+_RESNET: dict[str, Any] = {"method": "obs", "mini_batch": 3, "ignore": ("*downsample*",)}
 _MLP_BARS = {0.5: 94.04, 0.6: 94.00, 0.7: 94.03, 0.8: 93.82, 0.9: 92.71, 0.95: 88.22, 0.98: 49.92}
 _RESNET_BARS = {0.3: 91.5, 0.4: 91.2, 0.5: 90.4, 0.6: 88.5, 0.7: 83.5, 0.8: 70.2, 0.9: 25.0}
 _RESNET_GRADIENTS = 268_336 * 1000 * 4 / 1e6
@@ -116,7 +119,7 @@ def _resnet(setup: Setup) -> Iterator[Measurement]:
     task = _Task("ResNet-20", graph, train, labels, test, test_labels, _RESNET["ignore"])
     bars = {0.8: _RESNET_BARS[0.8]} if setup.quick else _RESNET_BARS
     yield from _compared(
-        task, "ResNet-20", bars, 250 if setup.quick else 1000, _RESNET, setup.quick, _RESNET_GRADIENTS / 3
+        task, "ResNet-20", bars, 250 if setup.quick else 500, _RESNET, setup.quick, _RESNET_GRADIENTS / 3
     )
 
 

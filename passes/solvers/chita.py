@@ -1,14 +1,12 @@
 """CHITA: pruning as an l0-constrained least-squares problem in the gradients of single samples.
 
-With the empirical Fisher information as Hessian, the loss around the dense weights ``w~`` is, but for a
-constant,
+With the Fisher information as Hessian, the loss around the dense weights ``w~`` is, but for a constant,
 
-    Q(w) = |G (w - w~) + c 1|^2 / (2 n) + ridge / 2 |w - w~|^2,
+    Q(w) = |G (w - w~)|^2 / (2 n) + ridge / 2 |w - w~|^2 + l (w - w~),
 
 to be minimised over all w with at most k entries that are not zero (Benbaki et al. 2023, "Fast as CHITA:
-Neural Network Pruning with Combinatorial Optimization", section 2). The Hessian is never formed. ``c = 0``
-says that the dense model has converged; ``c > 0`` keeps the first-order term ``c / n G^T 1 w`` of the loss,
-which lies in the rows of G and so needs nothing but this shift (`first_order`).
+Neural Network Pruning with Combinatorial Optimization", section 2). The Hessian is never formed. ``l = 0``
+says that the dense model has converged; else it is the gradient of the loss (`linear`).
 
 `back_solve` is the exact solution on a support, over all weights jointly or with a Fisher information that is
 block-diagonal in the rows (output channels) of the weights: n samples cannot tell how millions of weights
@@ -16,8 +14,9 @@ depend on each other. Supports come from magnitudes, from saliencies of Optimal 
 blocks of rows as Hessian, removed in rounds with a back-solve after each (Hassibi & Stork 1993; Singh &
 Alistarh 2020), or from iterative hard thresholding (section 3.1).
 
-With ``c > 0`` the solution is a damped Gauss-Newton step on the support. Its damping and its length (c in
-units of the true first-order term) are chosen by the loss on other samples (as in Marquardt 1963).
+With a gradient l the solution is a damped step of the natural gradient on the support (Martens 2020, "New
+Insights and Perspectives on the Natural Gradient Method", section 8). Its damping and its length (the factor
+of l) are chosen by the loss on other samples (as in Marquardt 1963).
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ class Quadratic:
         weights: the dense weights, float32 ``[O, K]`` each.
         gradients: of the samples, at these weights; one for each weight.
         ridge: > 0, in units of the Fisher information.
-        first_order: c, not negative.
+        linear: l, the gradient of the loss at these weights, float32 ``[O, K]`` each; None for zero.
     """
 
     weights: tuple[Tensor, ...]
     gradients: tuple[Gradients, ...]
     ridge: float
-    first_order: float = 0.0
+    linear: tuple[Tensor, ...] | None = None
 
     @property
     def samples(self) -> int:
@@ -71,17 +70,23 @@ class Quadratic:
     def objective(self, values: tuple[Tensor, ...]) -> float:
         """Q."""
         step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
-        r = (self.times(step) + self.first_order).double()
+        curved = float(self.times(step).double().square().sum()) / (2 * self.samples)
         pull = sum(float(d.double().square().sum()) for d in step)
-        return float(r.square().sum()) / (2 * self.samples) + self.ridge / 2 * pull
+        slope = zip(self.linear or (), step, strict=False)
+        return curved + self.ridge / 2 * pull + sum(float((s.double() * d.double()).sum()) for s, d in slope)
 
     def slope(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The gradient of Q, float32 ``[O, K]`` each."""
         step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
-        r = (self.times(step) + self.first_order) / self.samples
-        return tuple(
+        r = self.times(step) / self.samples
+        curved = tuple(
             g.transposed(r).add_(d, alpha=self.ridge) for g, d in zip(self.gradients, step, strict=True)
         )
+        return curved if self.linear is None else _sum(curved, self.linear)
+
+
+def _sum(a: tuple[Tensor, ...], b: tuple[Tensor, ...], factor: float = 1.0) -> tuple[Tensor, ...]:
+    return tuple(x.add(y, alpha=factor) for x, y in zip(a, b, strict=True))
 
 
 def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
@@ -98,9 +103,9 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     """The minimiser of Q over the weights that are zero outside a support.
 
     "model", by Woodbury's identity, with S the support and R the rest:
-    ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 (G_R w~_R - c 1)``, one factorisation of an n x n
-    matrix, in double precision; where fewer weights stay than there are samples, of the matrix
-    ``G_S^T G_S + n ridge I`` instead. "row": the same for each row of each weight alone.
+    ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 G_R w~_R - (G_S^T G_S / n + ridge I)^-1 l_S``, one
+    factorisation of an n x n matrix, in double precision; where fewer weights stay than there are samples,
+    of the matrix ``G_S^T G_S + n ridge I`` instead. "row": the same for each row of each weight alone.
 
     Args:
         masks: bool ``[O, K]`` each, True = kept.
@@ -110,47 +115,80 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     """
     if block == "row":
         return tuple(_rows(problem, i, mask)[0] for i, mask in enumerate(masks))
-    return joint_solutions(problem, masks, [(problem.ridge, problem.first_order)])[0]
+    return joint_solutions(problem, masks, [(problem.ridge, 1.0)])[0]
 
 
 def joint_solutions(
     problem: Quadratic, masks: tuple[Tensor, ...], choices: Sequence[tuple[float, float]]
 ) -> list[tuple[Tensor, ...]]:
-    """`back_solve` over all weights jointly, for several (ridge, c) at little more than the cost of one."""
+    """`back_solve` over all weights jointly, for several (ridge, factor of l) at little more than the cost
+    of one."""
     removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
     missing = problem.times(removed).double()
     form = _by_weights if sum(int(m.sum()) for m in masks) < problem.samples else _by_samples
-    return [
-        tuple(torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, change, strict=True))
-        for change in form(problem, masks, missing, choices)
-    ]
+    ridges = list(dict.fromkeys(ridge for ridge, _ in choices))
+    found = dict(zip(ridges, form(problem, masks, missing, ridges), strict=True))
+    solutions = []
+    for ridge, length in choices:
+        change, step = found[ridge]
+        total = change if step is None else _sum(change, step, -length)
+        solutions.append(
+            tuple(torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, total, strict=True))
+        )
+    return solutions
+
+
+_Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]
+"""What makes up for the weights that go, and a step down the gradient (None without one)."""
 
 
 def _by_samples(
-    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, choices: Sequence[tuple[float, float]]
-) -> Iterator[tuple[Tensor, ...]]:
-    """``G^T (G_S G_S^T + n ridge I)^-1 (missing - c 1)``, right on the support."""
-    kernel = torch.zeros(problem.samples, problem.samples, dtype=torch.float64)
+    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, ridges: Sequence[float]
+) -> Iterator[_Parts]:
+    """For each ridge ``G^T (G_S G_S^T + n ridge I)^-1 missing`` and ``(F_SS + ridge I)^-1 l_S``, right on the
+    support.
+
+    l is split into ``G_S^T a`` and a rest outside the rows of G_S. Of the first part there is ``G_S^T (G_S
+    G_S^T + n ridge I)^-1 n a``; at a small ridge nothing of it would be left among the roundings otherwise.
+    """
+    n = problem.samples
+    kernel = torch.zeros(n, n, dtype=torch.float64)
     for gradients, mask in zip(problem.gradients, masks, strict=True):
         kernel += gradients.gram(mask)
-    for ridge, c in choices:
-        z = _solved(kernel, problem.samples * ridge, missing - c).float()
-        yield tuple(g.transposed(z) for g in problem.gradients)
+    rest: tuple[Tensor, ...] | None = None
+    if problem.linear is not None:
+        linear = tuple(v.where(m, 0.0) for v, m in zip(problem.linear, masks, strict=True))
+        a = _solved(kernel, 1e-7 * float(kernel.diagonal().mean()), problem.times(linear).double())
+        inside = tuple(g.transposed(a.float()) for g in problem.gradients)
+        rest = tuple(v - i.where(m, 0.0) for v, i, m in zip(linear, inside, masks, strict=True))
+        left = problem.times(rest).double()
+    for ridge in ridges:
+        z = _solved(kernel, n * ridge, missing).float()
+        change, step = tuple(g.transposed(z) for g in problem.gradients), None
+        if rest is not None:
+            z = _solved(kernel, n * ridge, n * a - left / ridge).float()
+            step = tuple(r / ridge + g.transposed(z) for r, g in zip(rest, problem.gradients, strict=True))
+        yield change, step
 
 
 def _by_weights(
-    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, choices: Sequence[tuple[float, float]]
-) -> Iterator[tuple[Tensor, ...]]:
-    """The same as ``(G_S^T G_S + n ridge I)^-1 G_S^T (missing - c 1)`` on the support, zero elsewhere."""
+    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, ridges: Sequence[float]
+) -> Iterator[_Parts]:
+    """The same as ``(G_S^T G_S + n ridge I)^-1`` times ``G_S^T missing`` and ``n l_S`` on the support, zero
+    elsewhere."""
     g = torch.cat([g.columns(m) for g, m in zip(problem.gradients, masks, strict=True)], 1)
-    product, wide = (g.T @ g).double(), g.T.double()
+    product, right = (g.T @ g).double(), [g.T.double() @ missing]
+    if problem.linear is not None:
+        linear = torch.cat([v[m] for v, m in zip(problem.linear, masks, strict=True)])
+        right.append(problem.samples * linear.double())
     sizes = [int(m.sum()) for m in masks]
-    for ridge, c in choices:
-        parts = _solved(product, problem.samples * ridge, wide @ (missing - c)).float().split(sizes)
-        yield tuple(
-            torch.zeros_like(w).masked_scatter_(m, part)
-            for w, m, part in zip(problem.weights, masks, parts, strict=True)
-        )
+    for ridge in ridges:
+        found = []
+        for r in right:
+            parts = _solved(product, problem.samples * ridge, r).float().split(sizes)
+            zeros = (torch.zeros_like(w) for w in problem.weights)
+            found.append(tuple(z.masked_scatter_(m, p) for z, m, p in zip(zeros, masks, parts, strict=True)))
+        yield found[0], found[1] if len(found) > 1 else None
 
 
 def _solved(matrix: Tensor, ridge: float, r: Tensor) -> Tensor:
@@ -178,7 +216,7 @@ def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = Fa
         if width == 0:
             continue
         g = gradients.rows(here.start, here.stop)  # [r, n, K]
-        r = (g @ w.masked_fill(kept, 0.0).unsqueeze(2)).sub_(problem.first_order)  # [r, n, 1]
+        r = g @ w.masked_fill(kept, 0.0).unsqueeze(2)  # [r, n, 1]
         place = torch.argsort(kept, dim=1, descending=True, stable=True)[:, :width]
         valid = kept.gather(1, place)
         if not bool(kept.all()):
@@ -189,6 +227,12 @@ def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = Fa
             change = g.mT @ torch.cholesky_solve(r, factor)
         else:
             change = torch.cholesky_solve(g.mT @ r, factor)
+        if problem.linear is not None:
+            linear = problem.linear[index][here].gather(1, place).mul_(valid).unsqueeze(2)
+            if n < width:
+                change -= (linear - g.mT @ torch.cholesky_solve(g @ linear, factor)).div_(ridge)
+            else:
+                change -= torch.cholesky_solve(n * linear, factor)
         found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
         solution[here].scatter_(1, place, found)
         if saliencies:
@@ -322,10 +366,10 @@ _BY: dict[str, Callable[[Quadratic, float, Scope], Solution]] = {
 
 RIDGES = (0.05, 0.2, 0.8)
 """Of the mean diagonal of the Fisher information; the first one is tried with every support."""
-TRAINING_RIDGES = (1.0, 0.3, 0.1, 0.03)
-"""The same where the first-order term is kept: the damping of a step of Levenberg and Marquardt."""
-_STEPS = (1.0, 2.0, 4.0, 8.0)
-"""Lengths of such a step: the empirical Fisher information of a poor network is larger than the curvature."""
+TRAINING_RIDGES = (1.0, 10.0, 3.0, 0.3, 0.1, 0.03, 0.01)
+"""The same where there is a gradient: the damping of a step of Levenberg and Marquardt."""
+_LENGTHS = (0.25, 0.5, 1.0, 2.0)
+"""Factors of the gradient in such a step."""
 
 
 def solve(
@@ -336,9 +380,8 @@ def solve(
     scope: Scope = "global",
     method: Method = "best",
     ridge: float | None = None,
-    first_order: float = 0.0,
+    linear: tuple[Tensor, ...] | None = None,
     judge: Callable[[tuple[Tensor, ...]], float] | None = None,
-    steps: bool = False,
 ) -> Solution:
     """Prune.
 
@@ -351,29 +394,28 @@ def solve(
             `magnitude`: the largest weights, solved jointly; `thresholding`: iterations from there; `best`:
             what the judge likes best of these, of the other form of the Fisher information, and of ridges.
         ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first;
-            with a first-order term for those of `TRAINING_RIDGES`.
-        first_order: c of the model.
+            with a gradient for those of `TRAINING_RIDGES`.
+        linear: the gradient of the loss, float32 ``[O, K]`` each, where the model has not converged.
         judge: where there is something to choose, the loss of given weights on samples that `gradients` does
-            not hold.
-        steps: choose damping and length of the step of training too.
+            not hold. Given a gradient it also chooses ridge and length of the step.
     """
     unit = mean_diagonal(gradients)
     if ridge is not None:
         ridges: tuple[float, ...] = (ridge,)
     else:
-        ridges = TRAINING_RIDGES if first_order else RIDGES
+        ridges = RIDGES if linear is None else TRAINING_RIDGES
     first, *others = (
-        Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), first_order) for relative in ridges
+        Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), linear) for relative in ridges
     )
     if method == "best":
         if judge is None:
             raise ValueError("method best needs a judge")
-        found = _best(first, others, sparsity, scope, judge)
+        found = _best(first, others if linear is None else (), sparsity, scope, judge)
     else:
         found = _BY[method](first, sparsity, scope)
-    if not steps or judge is None:
+    if linear is None or judge is None:
         return found
-    choices = [(unit * r, first_order * step) for r in ridges for step in _STEPS]
+    choices = [(max(unit * r, _LEAST_RIDGE), length) for r in ridges for length in _LENGTHS]
     values = (found.values, *joint_solutions(first, found.masks, choices))
     return replace(found, values=min(values, key=judge))
 
