@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,6 +60,17 @@ class Chain:
 
     def to(self, dtype: torch.dtype) -> Chain:
         return replace(self, factors=tuple(f.to(dtype).contiguous() for f in self.factors))
+
+    def on_disk(self) -> Self:
+        """The same with its factors in files, mapped into memory, that go when the chain goes."""
+        return replace(self, factors=tuple(map(_on_disk, self.factors)))
+
+
+def _on_disk(tensor: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory(prefix="compress-chain-", ignore_cleanup_errors=True) as folder:
+        path = str(Path(folder) / "factor")
+        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.copy_(tensor.flatten()).view(tensor.shape)  # a file without a name lasts while it is mapped
 
 
 @dataclass(frozen=True)

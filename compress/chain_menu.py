@@ -18,7 +18,8 @@ class ChainOption:
 
     Attributes:
         form: what the pass that made it calls it; None is dense.
-        parameters: stored numbers.
+        parameters: stored numbers, those of a bias that comes with the form too.
+        nbytes: that they take.
         operations: multiplications for one sample.
         chain: the layer in this form; None is dense, or not made.
         error: relative error of the layer's output.
@@ -29,6 +30,7 @@ class ChainOption:
 
     form: Any
     parameters: int
+    nbytes: int
     operations: int
     chain: Chain | None = None
     error: float = 0.0
@@ -42,6 +44,7 @@ class ChainMenu:
     """A layer and its options, dense first.
 
     Attributes:
+        bias: entries of the bias that any form but dense adds.
         alone: the layer as a graph of its own (`compress.layers.alone`).
         x: like its input for one sample; on the meta device.
         declined: why there is no other option than dense, where there is none.
@@ -49,22 +52,24 @@ class ChainMenu:
 
     site: Site
     weight: Tensor
+    bias: int = 0
     options: list[ChainOption] = field(default_factory=list)
     alone: Graph | None = None
     x: Tensor | None = None
     declined: str = ""
 
-    @property
-    def nbytes(self) -> int:
-        """Of the dense weight."""
-        return self.weight.numel() * self.weight.element_size()
+    def dense(self) -> ChainOption:
+        """The layer as it is."""
+        assert self.alone is not None and self.x is not None
+        count = self.weight.numel()
+        return ChainOption(None, count, count * self.weight.element_size(), operations(self.alone, [self.x]))
 
     def option(self, form: Any, chain: Chain) -> ChainOption:
         """An option whose costs are known from the chain's shapes; its factors may be on the meta device."""
         assert self.alone is not None and self.x is not None
-        graph = self.alone.copy()
+        graph, count = self.alone.copy(), chain.parameters + self.bias
         put(graph, graph.sites()[0], chain.to(self.weight.dtype))
-        return ChainOption(form, chain.parameters, operations(graph, [self.x]))
+        return ChainOption(form, count, count * self.weight.element_size(), operations(graph, [self.x]))
 
     def thin(self, count: int, by_size: bool, by_speed: bool) -> None:
         """Drop options that another one is better than, and keep at most `count` besides dense.

@@ -188,6 +188,11 @@ class Graph:
 
     # -- rewriting -------------------------------------------------------------------------------
 
+    def free_name(self, name: str) -> str:
+        """This name for a new tensor, with an underscore for each time that it is taken."""
+        taken = name in self.tensors or name in self.encodings
+        return self.free_name(f"{name}_") if taken else name
+
     def copy(self) -> Graph:
         """A graph that can be rewritten on its own; the tensors are shared."""
         graph = fx.Graph()
@@ -263,8 +268,7 @@ class Graph:
         stem = site.weight.removesuffix(".weight")
         # nothing may lie below the name of a tensor: a weight "a" and a bias "a.bias" exclude each other
         name = f"{stem}.bias" if stem != site.weight else f"{stem}_bias"
-        if name in self.tensors:
-            name = f"{name}_correction"
+        name = self.free_name(name)
         self.tensors[name] = shift.to(dtype)
         node = self.node(site.node)
         with self.ops.inserting_before(node):

@@ -107,14 +107,14 @@ def put(graph: Graph, site: Site, chain: Chain) -> None:
     with ops.inserting_before(layer):
         factors = []
         for i, factor in enumerate(chain.factors):
-            name = _free(graph, f"{stem}.{i}.weight")
+            name = graph.free_name(f"{stem}.{i}.weight")
             graph.tensors[name] = factor
             factors.append(ops.get_attr(name))
         step = _Step(ops, layer, site.name)
         if isinstance(chain, MatrixProduct):
             scale = None
             if chain.scale is not None:
-                name = _free(graph, f"{stem}.scale")
+                name = graph.free_name(f"{stem}.scale")
                 graph.tensors[name] = chain.scale
                 scale = ops.get_attr(name)
             value = _matrix_product(step, chain, factors, scale)
@@ -129,11 +129,6 @@ def put(graph: Graph, site: Site, chain: Chain) -> None:
     if not weight.users:
         ops.erase_node(weight)
         del graph.tensors[site.weight]
-
-
-def _free(graph: Graph, name: str) -> str:
-    """A name no tensor has: the layer may own others, with names like those of a chain."""
-    return name if name not in graph.tensors else _free(graph, f"{name}_chain")
 
 
 class _Step:

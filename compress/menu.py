@@ -10,7 +10,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from pydantic import AfterValidator
 from torch import Tensor, fx
 
 from compress.encoding import EncodedWeight, IntEncoding
@@ -84,6 +86,22 @@ def parse_latency(latency: float | str, plain: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f'{latency!r} is no latency; give milliseconds, or a ratio such as "0.7x"')
     return value
+
+
+def _a_size(size: int | str) -> int | str:
+    parse_size(size)
+    return size
+
+
+def _a_latency(latency: float | str) -> float | str:
+    parse_latency(latency, 1.0)
+    return latency
+
+
+Size = Annotated[int | str, AfterValidator(_a_size)]
+"""An option of a pass that `parse_size` takes."""
+Latency = Annotated[float | str, AfterValidator(_a_latency)]
+"""An option of a pass that `parse_latency` takes."""
 
 
 @dataclass

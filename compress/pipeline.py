@@ -78,8 +78,8 @@ class Context:
         reference: what later passes aim at: the graph as captured, or as the last exact pass left it.
         calibration: batches of real inputs, or None.
         seed: for anything random.
-        max_memory: bytes of live activations kept in memory while sweeping; of gradients that are all
-            needed at once.
+        max_memory: bytes of live activations kept in memory while sweeping, and of drafts of layers; of
+            gradients that are all needed at once.
         progress: told about every layer.
         latency: measures single layers in the target runtime; None where there is none.
     """

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from compress.calibration import Statistics, Update, output_error, sweep
@@ -33,13 +33,12 @@ from compress.chain import Chain
 from compress.chain_menu import ChainMenu, ChainOption
 from compress.errors import PassError
 from compress.graph import Graph, Site
-from compress.layers import alone, operations, put
-from compress.menu import parse_latency, parse_size
-from compress.passes.quantize_weights import mean_shift
+from compress.layers import alone, put
+from compress.menu import Latency, Size, parse_latency, parse_size
+from compress.passes.quantize_weights import least_squares_target, mean_shift
 from compress.passes.solvers.alds import minimax
 from compress.passes.solvers.allocate import allocate, isotonic
 from compress.passes.solvers.forms import Decomposer, Form, Method
-from compress.passes.solvers.targets import Moments, choose_target
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import Damage, held_out, sample
 
@@ -71,13 +70,13 @@ class Decompose(Pass):
     parameter_reduction: float | None = Field(
         None, gt=0, lt=1, description="budget: fraction of the targeted parameters to remove"
     )
-    max_size: int | str | None = Field(
+    max_size: Size | None = Field(
         None, description='budget: bytes of all tensors of the model, such as 12000000 or "12MB"'
     )
     flop_reduction: float | None = Field(
         None, gt=0, lt=1, description="budget: fraction of the targeted layers' operations to remove"
     )
-    max_latency: float | str | None = Field(
+    max_latency: Latency | None = Field(
         None,
         description="budget: milliseconds of all targeted layers for one sample, each measured alone in ONNX "
         'Runtime, or a ratio to dense such as "0.7x"; may stand beside a size. Timings differ from run to '
@@ -98,20 +97,6 @@ class Decompose(Pass):
         description="kl: divergence of the logits; error: squared error of the outputs; auto: kl where the "
         "model ends in a linear layer",
     )
-
-    @field_validator("max_size")
-    @classmethod
-    def _a_size(cls, value: int | str | None) -> int | str | None:
-        if value is not None:
-            parse_size(value)
-        return value
-
-    @field_validator("max_latency")
-    @classmethod
-    def _a_latency(cls, value: float | str | None) -> float | str | None:
-        if value is not None:
-            parse_latency(value, 1.0)
-        return value
 
     @model_validator(mode="after")
     def _a_budget(self) -> Decompose:
@@ -138,7 +123,7 @@ class Decompose(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         notes: list[Note] = []
-        layers = self._layers(graph, notes)
+        layers = self._layers(graph, notes, context.calibration is not None)
         if not layers:
             return PassResult(graph.copy(), (), tuple(notes))
         problem = self._problem(graph, layers, context)
@@ -156,15 +141,20 @@ class Decompose(Pass):
 
     # -- what there is to choose from --------------------------------------------------------------
 
-    def _layers(self, graph: Graph, notes: list[Note]) -> list[ChainMenu]:
+    def _layers(self, graph: Graph, notes: list[Note], calibrated: bool) -> list[ChainMenu]:
         unshared = graph.unshared()
         layers = []
+
+        def added(site: Site) -> int:
+            corrected = self.bias_correction and calibrated and graph.owns_bias(site)
+            return graph.shape(site.weight)[0] if corrected and graph.bias(site) is None else 0
+
         for site in self.select(graph):
             reason = self._declined(graph, site, site.weight in unshared)
             if reason:
                 notes.append(Note(site.name, f"{reason}; left as it is"))
             else:
-                layers.append(ChainMenu(site, graph.tensors[site.weight]))
+                layers.append(ChainMenu(site, graph.tensors[site.weight], added(site)))
         return layers
 
     def _declined(self, graph: Graph, site: Site, alone: bool) -> str:
@@ -200,7 +190,7 @@ class Decompose(Pass):
         for site, dense, x in alone(graph, inputs, by_weight):
             layer = by_weight[site.weight]
             layer.alone, layer.x = dense, x.to("meta")
-            layer.options = [ChainOption(None, layer.weight.numel(), operations(dense, [layer.x]))]
+            layer.options = [layer.dense()]
         batches: Iterable[Sequence[Tensor]] | None = None
         if context.calibration is not None:
             batches, held = held_out(graph, context.calibration)
@@ -209,7 +199,14 @@ class Decompose(Pass):
         context.progress.start(f"{self.name}: decomposing each layer in each form", len(layers))
 
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
-            self._fill(by_weight[site.weight], weight, statistics)
+            layer = by_weight[site.weight]
+            self._fill(layer, weight, statistics)
+            # drafts of all layers are several times the model
+            for option in layer.options:
+                if option.chain is not None:
+                    problem.drafted += option.nbytes
+                    if problem.drafted > context.max_memory:
+                        option.chain = option.chain.on_disk()
 
         sweep(
             graph, [layer.site for layer in layers], visit, batches=batches, needs=frozenset({"diag", "H"}),
@@ -237,8 +234,8 @@ class Decompose(Pass):
             )
         for form in forms:
             option = layer.option(form, decomposer.hollow(form))
-            if option.operations >= dense.operations:
-                layer.declined = "no form of fewer parameters has fewer operations"
+            if option.parameters >= dense.parameters or option.operations >= dense.operations:
+                layer.declined = "no form has both fewer parameters and fewer operations"
                 continue
             if measured:
                 option.chain = decomposer.fit(form, sweeps=0 if form.sites else 1).to(weight.dtype)
@@ -254,23 +251,24 @@ class Decompose(Pass):
     def _budgets(self, problem: _Problem, context: Context, inputs: Sequence[Tensor]) -> None:
         """Fill in what the choice may cost."""
         dense = [layer.options[0] for layer in problem.layers]
-        total = sum(o.parameters for o in dense)
         if self.parameter_reduction is not None:
-            problem.parameters = (1 - self.parameter_reduction) * total
+            problem.size_budget = (1 - self.parameter_reduction) * sum(o.parameters for o in dense)
         elif self.max_size is not None:
+            problem.size = "nbytes"
             over = problem.graph.nbytes - parse_size(self.max_size)
-            problem.parameters = total - over / sum(layer.nbytes for layer in problem.layers) * total
+            problem.size_budget = sum(o.nbytes for o in dense) - over
         if self.flop_reduction is not None:
             problem.operations = (1 - self.flop_reduction) * sum(o.operations for o in dense)
         elif self.max_latency is not None:
             problem.measure_latency(context, inputs)
             plain = sum(o.latency for o in dense)
             problem.latency = parse_latency(self.max_latency, plain)
-        least = sum(min(o.parameters for o in layer.options) for layer in problem.layers)
-        if least > problem.parameters:
+        total, least = (sum(map(by, problem.sizes())) for by in (max, min))
+        if least > problem.size_budget:
+            what = "bytes" if problem.size == "nbytes" else "parameters"
             raise PassError(
-                f"decompose: {total:,} parameters are targeted; the budget leaves "
-                f"{max(0, int(problem.parameters)):,} of them, and the smallest forms take {least:,}",
+                f"decompose: {total:,} {what} are targeted; the budget leaves "
+                f"{max(0, int(problem.size_budget)):,} of them, and the smallest forms take {least:,}",
                 expected="a smaller parameter_reduction or a larger max_size",
                 fix="a smaller rank_multiple gives smaller forms" if self.rank_multiple > 1 else "",
             )
@@ -296,8 +294,10 @@ class Decompose(Pass):
             centred = statistics
             if statistics is not None and site.weight in corrected:
                 centred = statistics.centred
-            target, H = _target(weight, centred)
-            chain = Decomposer(target, H).fit(forms[site.weight]).to(weight.dtype)
+            H = None if centred is None or centred.H is None else centred.H[0]
+            chain = (
+                Decomposer(least_squares_target(weight, centred), H).fit(forms[site.weight]).to(weight.dtype)
+            )
             new = chain.decode()
             chains[site.weight] = chain
             changes.append(_change(site, weight, chain, output_error(weight, new, centred)))
@@ -310,18 +310,6 @@ class Decompose(Pass):
         for site in sites:
             put(result, site, chains[site.weight])
         return result, changes
-
-
-def _target(weight: Tensor, statistics: Statistics | None) -> tuple[Tensor, Tensor | None]:
-    """What to decompose, of the weight's shape, and the second moments to do it with."""
-    if statistics is None or statistics.H is None or statistics.G is None:
-        return weight.float(), None
-    matrix = weight.reshape(len(weight), -1).float()
-    fitting, held = statistics.fitting, statistics.held_out
-    if fitting is not None and held is not None:
-        parts = [Moments(s.H, s.G) for s in (fitting, held) if s.H is not None and s.G is not None]
-        matrix = choose_target(matrix, Moments(statistics.H, statistics.G), parts[0], parts[1])
-    return matrix.view(weight.shape), statistics.H[0]
 
 
 def _change(site: Site, weight: Tensor, chain: Chain, error: float) -> Change:
@@ -343,13 +331,22 @@ def _change(site: Site, weight: Tensor, chain: Chain, error: float) -> Change:
 
 @dataclass
 class _Problem:
-    """Layers, what they may cost together, and how their damage is measured."""
+    """Layers, what they may cost together, and how their damage is measured.
+
+    Attributes:
+        samples: held out, for the damage.
+        drafted: bytes of the drafts of all options.
+        size: what of an option `size_budget` is for, "parameters" or "nbytes".
+        size_budget, operations, latency: for all layers together.
+    """
 
     graph: Graph
     layers: list[ChainMenu]
     damage: Damage | None = None
     samples: int = 0
-    parameters: float = math.inf
+    drafted: int = 0
+    size: str = "parameters"
+    size_budget: float = math.inf
     operations: float = math.inf
     latency: float = math.inf
 
@@ -396,7 +393,7 @@ class _Problem:
         tried = {first: self.damage.of(self._at(first))}
         second = self._solve(self._again(first, context))
         others = [second]
-        if math.isfinite(self.parameters):
+        if math.isfinite(self.size_budget):
             others += [self._uniform(), self._minimax()]
         for choice in others:
             if choice not in tried and self._within(choice):
@@ -452,19 +449,16 @@ class _Problem:
         return damages
 
     def _solve(self, damages: Sequence[Sequence[float]]) -> tuple[int, ...]:
-        def table(what: str) -> list[list[float]]:
-            return [[getattr(o, what) for o in layer.options] for layer in self.layers]
-
         speed, limit = (
             ("latency", self.latency) if math.isfinite(self.latency) else ("operations", self.operations)
         )
         try:
             if math.isinf(limit):
-                return allocate(damages, table("parameters"), self.parameters).choice
-            if math.isinf(self.parameters):
-                return allocate(damages, table(speed), limit).choice
+                return allocate(damages, self.sizes(), self.size_budget).choice
+            if math.isinf(self.size_budget):
+                return allocate(damages, self._table(speed), limit).choice
             found = allocate(
-                damages, table("parameters"), self.parameters, second=table(speed), second_budget=limit
+                damages, self.sizes(), self.size_budget, second=self._table(speed), second_budget=limit
             )
             return found.choice
         except ValueError as error:
@@ -472,9 +466,16 @@ class _Problem:
                 f"decompose: no forms are within the budget for {speed}: {error}", expected="a larger budget"
             ) from error
 
+    def sizes(self) -> list[list[float]]:
+        """What the size budget is for, of every option of each layer."""
+        return self._table(self.size)
+
+    def _table(self, what: str) -> list[list[float]]:
+        return [[getattr(o, what) for o in layer.options] for layer in self.layers]
+
     def _within(self, choice: Sequence[int]) -> bool:
         chosen = [layer.options[o] for layer, o in zip(self.layers, choice, strict=True)]
-        limits = {"parameters": self.parameters, "operations": self.operations, "latency": self.latency}
+        limits = {self.size: self.size_budget, "operations": self.operations, "latency": self.latency}
         return all(sum(getattr(o, what) for o in chosen) <= limit for what, limit in limits.items())
 
     def _uniform(self) -> tuple[int, ...]:
@@ -498,8 +499,7 @@ class _Problem:
 
     def _minimax(self) -> tuple[int, ...]:
         bounds = [[o.bound or o.error for o in layer.options] for layer in self.layers]
-        prices = [[float(o.parameters) for o in layer.options] for layer in self.layers]
-        return minimax(bounds, prices, self.parameters)
+        return minimax(bounds, self.sizes(), self.size_budget)
 
 
 def _monotone(options: Sequence[ChainOption], damages: Sequence[float]) -> list[float]:

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration import Statistics, output_error
+from compress.calibration import Need, Statistics, output_error
 from compress.graph import Graph, Site
+from compress.passes.quantize_weights import least_squares_target
 from compress.passes.solvers.low_rank import parameters, spectrum
-from compress.passes.solvers.targets import Moments, choose_target
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 _aten = torch.ops.aten
@@ -49,15 +49,8 @@ class LowRankCorrection(Pass):
 
         def visit(site: Site, coded: Tensor, statistics: Statistics | None) -> Tensor:
             original = originals[site.weight]
-            target, H = original.float(), None
-            if statistics is not None and statistics.H is not None and statistics.G is not None:
-                H = statistics.H[0]
-                fitting, held = statistics.fitting, statistics.held_out
-                parts = [
-                    Moments(s.H, s.G) for s in (fitting, held) if s and s.H is not None and s.G is not None
-                ]
-                if len(parts) == 2:
-                    target = choose_target(target, Moments(statistics.H, statistics.G), parts[0], parts[1])
+            target = least_squares_target(original, statistics)
+            H = None if statistics is None or statistics.H is None else statistics.H[0]
             first, last = spectrum(target - coded.float(), H).factors(self.rank)
             first, last = first.to(coded.dtype).contiguous(), last.to(coded.dtype).contiguous()
             factors[site] = (first, last)
@@ -66,8 +59,8 @@ class LowRankCorrection(Pass):
             return new
 
         # a graph of plain values takes the sums, and is not needed any more
-        needs = frozenset({"diag", "H", "G", "held_out"})
-        context.sweep(graph.decoded(), sites, visit, needs)  # type: ignore[arg-type]
+        needs: frozenset[Need] = frozenset({"diag", "H", "G", "held_out"})
+        context.sweep(graph.decoded(), sites, visit, needs)
         result = graph.copy()
         for site, (first, last) in factors.items():
             _add_branch(result, site, first, last)
@@ -80,6 +73,8 @@ class LowRankCorrection(Pass):
             return "not quantized: there is nothing to correct"
         if not alone:
             return "the weight is shared with another operator"
+        if any(user.name == _corrected(site.node) for user in graph.node(site.node).users):
+            return "has a correction already"
         outputs, inputs = graph.shape(site.weight)
         known = reference.tensors.get(site.weight)
         if known is None or tuple(known.shape) != (outputs, inputs):
@@ -119,12 +114,19 @@ def _add_branch(graph: Graph, site: Site, first: Tensor, last: Tensor) -> None:
     following = layer.next
     with graph.ops.inserting_before(following):
         for i, factor in enumerate((first, last)):
-            graph.tensors[f"{stem}.{i}.weight"] = factor
-            weight = graph.ops.get_attr(f"{stem}.{i}.weight")
-            name = f"{layer.name}_correction{i}"
-            value = graph.ops.create_node("call_function", _aten.linear.default, (value, weight), name=name)
+            name = graph.free_name(f"{stem}.{i}.weight")
+            graph.tensors[name] = factor
+            value = graph.ops.create_node(
+                "call_function", _aten.linear.default, (value, graph.ops.get_attr(name)),
+                name=f"{layer.name}_correction{i}",
+            )  # fmt: skip
             value.meta["module"] = f"{site.name}.correction.{i}"
         both = graph.ops.create_node(
-            "call_function", _aten.add.Tensor, (layer, value), name=f"{layer.name}_corrected"
+            "call_function", _aten.add.Tensor, (layer, value), name=_corrected(layer.name)
         )
     layer.replace_all_uses_with(both, delete_user_cb=lambda user: user is not both)
+
+
+def _corrected(layer: str) -> str:
+    """Name of the sum of a layer and its branch."""
+    return f"{layer}_corrected"

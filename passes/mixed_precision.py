@@ -32,7 +32,16 @@ from compress.calibration import Statistics, Update, output_error, sweep
 from compress.encoding import EncodedWeight, IntEncoding
 from compress.errors import PassError
 from compress.graph import Graph, Site
-from compress.menu import Menu, fused, is_sensitive, parse_format, parse_latency, parse_size
+from compress.menu import (
+    Latency,
+    Menu,
+    Size,
+    fused,
+    is_sensitive,
+    parse_format,
+    parse_latency,
+    parse_size,
+)
 from compress.passes.quantize_weights import Quantizer, quantized
 from compress.passes.solvers.allocate import allocate, isotonic
 from compress.passes.solvers.compose import Method, Scales
@@ -59,10 +68,10 @@ class MixedPrecision(Pass):
     effective_bits: float | None = Field(
         None, gt=0, description="budget: mean stored bits of the targeted weights, scales included"
     )
-    max_size: int | str | None = Field(
+    max_size: Size | None = Field(
         None, description='budget: bytes of all tensors of the model, such as 12000000 or "12MB"'
     )
-    max_latency: float | str | None = Field(
+    max_latency: Latency | None = Field(
         None,
         description="budget: milliseconds of all targeted layers for one sample, each measured alone in ONNX "
         'Runtime, or a ratio to float such as "0.7x"; may stand beside a size. Timings differ from run to '
@@ -96,20 +105,6 @@ class MixedPrecision(Pass):
     def _known_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
             parse_format(text)
-        return value
-
-    @field_validator("max_size")
-    @classmethod
-    def _a_size(cls, value: int | str | None) -> int | str | None:
-        if value is not None:
-            parse_size(value)
-        return value
-
-    @field_validator("max_latency")
-    @classmethod
-    def _a_latency(cls, value: float | str | None) -> float | str | None:
-        if value is not None:
-            parse_latency(value, 1.0)
         return value
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from compress.calibration import Need, Statistics, Update, output_error
 from compress.encoding import Encoded, EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
 from compress.passes.solvers.compose import Composed, Inputs, Method, Scales, compose
-from compress.passes.solvers.targets import Moments
+from compress.passes.solvers.targets import Moments, choose_target
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 WORTH_IT = 512
@@ -188,6 +188,24 @@ def mean_shift(weight: Tensor, new: Tensor, statistics: Statistics) -> Tensor:
     w, q = (t.float().reshape(groups, t.shape[0] // groups, -1) for t in (weight, new))
     shift = w @ statistics.mean.unsqueeze(-1) - q @ statistics.mean_compressed.unsqueeze(-1)
     return shift.flatten()
+
+
+def least_squares_target(weight: Tensor, statistics: Statistics | None) -> Tensor:
+    """What to make a new weight for: the one that does best on the inputs at hand, if held-out samples agree.
+
+    Args:
+        weight: float ``[O, ...]``.
+        statistics: with H, G and held_out; the less of them is there, the more it is the weight itself.
+
+    Returns:
+        float32, of the weight's shape.
+    """
+    matrix = weight.reshape(len(weight), -1).float()
+    if statistics is not None:
+        every, fitting, held = map(_moments, (statistics, statistics.fitting, statistics.held_out))
+        if every is not None and fitting is not None and held is not None:
+            matrix = choose_target(matrix, every, fitting, held)
+    return matrix.view(weight.shape)
 
 
 def _solved(

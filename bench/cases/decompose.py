@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -195,9 +195,9 @@ def _language_model(setup: Setup) -> Iterator[Measurement]:
     sites = [s for s in graph.sites() if s.name not in ends]
     blocks = sum(math.prod(graph.shape(s.weight)) for s in sites)
 
-    def quantized(bits: int) -> list[Pass]:
+    def quantized(bits: Literal[2, 4]) -> list[Pass]:
         options: dict[str, Any] = {"group_size": 32, "symmetric": False}
-        inner = QuantizeWeights(bits=bits, ignore=ends, **options)  # type: ignore[arg-type]
+        inner = QuantizeWeights(bits=bits, ignore=ends, **options)
         return [inner, QuantizeWeights(bits=4, targets=ends, **options)]
 
     mpo = Decompose(method="mpo", parameter_reduction=0.7, rank_multiple=8, ignore=("lm_head",))

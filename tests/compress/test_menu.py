@@ -8,7 +8,10 @@ import torch
 from compress.encoding import BITS, GROUP_SIZES, IntEncoding
 from compress.graph import Kind, Site
 from compress.menu import Menu, parse_format, parse_size
+from compress.passes.decompose import Decompose
+from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.quantize_weights import quantized
+from compress.pipeline import Pass
 
 
 def test_formats_are_read_as_they_are_written() -> None:
@@ -38,6 +41,14 @@ def test_sizes(text: int | str, size: int) -> None:
 def test_bad_sizes(text: int | str) -> None:
     with pytest.raises(ValueError, match="no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("step", [MixedPrecision, Decompose])
+def test_sizes_and_latencies_as_options(step: type[Pass]) -> None:
+    assert step.model_validate({"max_size": "12MB", "max_latency": "0.7x"}).options()["max_size"] == "12MB"
+    for bad in ({"max_size": "12 elephants"}, {"max_latency": "soon"}, {"max_latency": -1}):
+        with pytest.raises(ValueError, match=r"is no (size|latency)"):
+            step.model_validate(bad)
 
 
 def menu(rows: int, columns: int, kind: Kind = "linear") -> Menu:

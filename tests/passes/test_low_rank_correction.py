@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress.data import load_calibration
@@ -68,6 +68,42 @@ def test_what_is_declined() -> None:
     assert "linear layers" in reasons["embed"] and "more numbers" in reasons["q"]
     result = LowRankCorrection().apply(graph, context)
     assert all("nothing to correct" in n.reason for n in result.notes) and not result.changes
+
+
+def test_one_correction_is_enough() -> None:
+    _, _, context = quantized()
+    once = corrected(rank=4)
+    twice = LowRankCorrection(rank=4).apply(once.graph, context)
+    reasons = {n.site: n.reason for n in twice.notes}
+    assert not twice.changes and "already" in reasons["q"]
+    assert twice.graph.tensors.keys() == once.graph.tensors.keys()
+
+
+def test_names_that_are_taken() -> None:
+    """A model with layers called like those of a correction keeps them."""
+
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 64)
+            self.correction = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.correction[1](self.correction[0](x))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(Own()).eval(), torch.randn(30, 64)
+    graph = compress.capture(model, (x[:2],))
+    context = Context(graph, load_calibration([x], inputs=graph.inputs))
+    coded = INT2.model_copy(update={"ignore": ("0.correction",)}).apply(graph, context).graph
+    result = LowRankCorrection(rank=8).apply(coded, context)
+    assert {c.site for c in result.changes} == {"0"}
+    for i in range(2):
+        name = f"0.correction.{i}.weight"
+        assert torch.equal(result.graph.tensors[name], graph.tensors[name])
+        assert sorted(result.graph.tensors[f"{name}_"].shape) == [8, 64]
+    errors = [float((graph.run([x])[0] - g.run([x])[0]).norm()) for g in (coded, result.graph)]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_without_data() -> None:

@@ -43,9 +43,8 @@ def test_least_squares_and_never_worse(
     width, count = encoding.width(columns), encoding.groups(columns)
     for i, w in enumerate(p.weight):
         steps = torch.zeros(columns, count, dtype=torch.float64)
-        zero = encoding.zero if old.zero_points is None else None
         for j in range(columns):
-            z = zero if zero is not None else int(old.zero_points[i, j // width])  # type: ignore[index]
+            z = encoding.zero if old.zero_points is None else int(old.zero_points[i, j // width])
             steps[j, j // width] = int(old.codes[i, j]) - z
         x = p.x[i // rows]
         truth = torch.linalg.lstsq(x @ steps, (x @ w).unsqueeze(1), driver="gelsd").solution[:, 0]
