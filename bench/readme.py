@@ -129,8 +129,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         *_pruning(results["chita"]),
         "",
         _filled(
-            "Percent of 1,000 test images; mean of three draws of {ResNet-20: images to prune with|,d} images to "
-            "prune with; no training.",
+            "Percent of 1,000 test images; mean of three draws of {ResNet-20: images to prune with|,d} "
+            "images to prune with; no training.",
             {m["name"]: m["value"] for m in results["chita"]["measurements"]},
         ),
         "`python bench/run.py chita` repeats it.",
