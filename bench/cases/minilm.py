@@ -77,15 +77,15 @@ def run(setup: Setup) -> list[Measurement]:
         ]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
-    batches = _batches(tokenizer, test)
+    batches = batched(tokenizer, test)
     with torch.no_grad():
-        wanted = _embeddings(lambda batch: model(**batch).last_hidden_state, batches)
+        wanted = embeddings(lambda batch: model(**batch).last_hidden_state, batches)
     files.update(_others(folder, setup.work, setup.quick))
     found.insert(0, measured("test sentences", len(wanted), "", ">= 200"))
     found.insert(1, measured("calibration sentences", len(calibration)))
     sessions = {name: Session(path) for name, path in files.items()}
     for name, session in sessions.items():
-        cosine = (_embeddings(_through(session), batches) * wanted).sum(1)
+        cosine = (embeddings(through(session), batches) * wanted).sum(1)
         target = _MUSTS[name][1] if name in _MUSTS else ""
         found.append(
             measured(f"{name}: mean cosine to the float embeddings", float(cosine.mean()), "", target)
@@ -113,7 +113,7 @@ def _others(folder: Path, work: Path, quick: bool) -> dict[str, Path]:
     return files
 
 
-def _batches(tokenizer: Any, sentences: Sequence[str], size: int = 16) -> list[dict[str, Tensor]]:
+def batched(tokenizer: Any, sentences: Sequence[str], size: int = 16) -> list[dict[str, Tensor]]:
     ordered = sorted(sentences, key=len)
     return [
         dict(
@@ -125,7 +125,7 @@ def _batches(tokenizer: Any, sentences: Sequence[str], size: int = 16) -> list[d
     ]
 
 
-def _embeddings(hidden: Embed, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+def embeddings(hidden: Embed, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     """Mean-pooled and normalised, ``[sentences, 384]``."""
     rows = []
     for batch in batches:
@@ -135,7 +135,7 @@ def _embeddings(hidden: Embed, batches: Sequence[dict[str, Tensor]]) -> Tensor:
     return torch.cat(rows)
 
 
-def _through(session: Session) -> Embed:
+def through(session: Session) -> Embed:
     def hidden(batch: dict[str, Tensor]) -> Tensor:
         return session(*(batch[name] for name in session.inputs))[0]
 
