@@ -248,13 +248,17 @@ def _first_cause(error: BaseException) -> str:
 def _hide(model: ir.Model, graph: Graph) -> dict[str, Any]:
     """Make weights that constant folding must not touch into inputs; returns their values.
 
-    Those are the placeholders, and float weights with several readers: folding the transpose in
-    front of one reader would give the file a second copy.
+    Those are the placeholders, weights with several readers (folding the transpose in front of one
+    reader would give the file a second copy), and indices stored in fewer bits than they are used in.
     """
+    import onnx_ir as ir
+
+    short = (ir.DataType.UINT8, ir.DataType.INT16)
     hidden = {}
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
-        if name in graph.encodings or len(value.uses()) > 1:
+        widened = value.dtype in short and all(node.op_type == "Cast" for node, _ in value.uses())
+        if name in graph.encodings or len(value.uses()) > 1 or widened:
             hidden[name] = value.const_value
             del model.graph.initializers[name]
             value.const_value = None

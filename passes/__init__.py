@@ -16,6 +16,7 @@ from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.recover import Recover
 from compress.passes.smooth import Smooth
+from compress.passes.vq_logits import VqLogits
 from compress.pipeline import Pass
 
 PASSES: dict[str, type[Pass]] = {
@@ -33,4 +34,5 @@ PASSES: dict[str, type[Pass]] = {
     "quantize_weights": QuantizeWeights,
     "recover": Recover,
     "smooth": Smooth,
+    "vq_logits": VqLogits,
 }

@@ -1,0 +1,113 @@
+"""Output heads of a graph: the linear layers whose values are logits, and what they read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from compress.graph import Graph, Site
+from compress.sensitivity import output_layers
+
+_INDICES = (torch.uint8, torch.int16, torch.int32)
+
+
+def heads(graph: Graph, sites: Iterable[Site]) -> list[Site]:
+    """Those of the sites whose operator is a linear layer and gives an output of the model."""
+    outputs = output_layers(graph)
+    return [site for site in sites if site.kind == "linear" and site.node in outputs]
+
+
+def trunk(graph: Graph, site: Site) -> Graph:
+    """The graph up to a layer: its only output is what the layer reads."""
+    cut = graph.copy()
+    (source,) = (n for n in cut.ops.nodes if n.name == site.node)
+    cut.ops.output_node().args = ([source.args[0]],)
+    cut.prune_dead_code()
+    return replace(cut, output_names=("hidden",))
+
+
+def head_inputs(
+    graph: Graph, site: Site, batches: Iterable[Sequence[Tensor]], samples: int, limit: int
+) -> Tensor:
+    """What a layer reads, as float32 rows ``[rows, N]`` in the order of the data.
+
+    Args:
+        graph: the model.
+        site: a linear layer of it.
+        batches: flat inputs.
+        samples: how many there are in all of them.
+        limit: of rows, about; where there are more, every so many-th is taken.
+    """
+    part = trunk(graph.decoded(), site)
+    rows: list[Tensor] = []
+    every = 0
+    for batch in batches:
+        found = part.run([tensor.clone() for tensor in batch])[0]
+        found = found.reshape(-1, found.shape[-1])
+        every = every or max(1, math.ceil(len(found) / len(batch[0]) * samples / limit))
+        rows.append(found[::every].float())
+    return torch.cat(rows)
+
+
+def narrow(indices: Tensor) -> Tensor:
+    """Indices in the smallest integers that hold them."""
+    largest = int(indices.max()) if indices.numel() else 0
+    return indices.to(next(t for t in _INDICES if largest <= torch.iinfo(t).max))
+
+
+class HeadBuilder:
+    """Adds operators and tensors in place of a head, and hands its readers over.
+
+    Tensors are called like the head's weight (``lm_head.weight`` gives ``lm_head.NAME``), operators like its
+    node: names that fx makes up may be those of other operators in the original graph.
+
+    Args:
+        graph: changed.
+        site: the head.
+    """
+
+    def __init__(self, graph: Graph, site: Site) -> None:
+        self.graph, self.site = graph, site
+        self.layer = graph.node(site.node)
+        stem = site.weight.removesuffix(".weight")
+        # nothing may lie below the name of a tensor, and a shared weight stays
+        self.prefix = f"{stem}." if stem != site.weight else f"{stem}_"
+        self.count = 0
+
+    @property
+    def hidden(self) -> Any:
+        """What the head reads."""
+        return self.layer.args[0]
+
+    def tensor(self, name: str, value: Tensor) -> fx.Node:
+        full = f"{self.prefix}{name}"
+        while full in self.graph.tensors:
+            full += "_head"
+        self.graph.tensors[full] = value.contiguous()
+        with self.graph.ops.inserting_before(self.layer):
+            return self.graph.ops.get_attr(full)
+
+    def indices(self, name: str, value: Tensor) -> fx.Node:
+        """Indices as `narrow` stores them, widened where they are used."""
+        return self.call(torch.ops.aten.to.dtype, self.tensor(name, narrow(value)), torch.int32)
+
+    def call(self, target: Any, *args: Any, layer: str = "") -> fx.Node:
+        """An operator; `layer` names it as a site, below the head."""
+        with self.graph.ops.inserting_before(self.layer):
+            name = f"{self.layer.name}_{self.count}"
+            node = self.graph.ops.create_node("call_function", target, args, name=name)
+        self.count += 1
+        if layer:
+            node.meta["module"] = f"{self.site.name}.{layer}"
+        return node
+
+    def finish(self, value: fx.Node) -> None:
+        """Everybody who read the head reads this instead; what nobody reads any more is dropped."""
+        self.layer.replace_all_uses_with(value)
+        self.graph.ops.erase_node(self.layer)
+        self.graph.prune_dead_code()
