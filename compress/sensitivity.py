@@ -30,6 +30,7 @@ _SAME_ENTRIES = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.squeeze.dim,
     torch.ops.aten.unsqueeze.default, torch.ops.aten.slice.Tensor, torch.ops.aten.to.dtype,
     torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.log_softmax.int,
+    torch.ops.aten.index_select.default, torch.ops.aten.cat.default,
 }  # fmt: skip
 """Operators between the last layer and the output that leave logits what they are."""
 
@@ -187,6 +188,8 @@ def output_layers(graph: Graph) -> set[str]:
 def _source(value: Any) -> str | None:
     while isinstance(value, fx.Node) and value.target in _SAME_ENTRIES:
         value = value.args[0]
+        # of the parts of an output layer (`frequency_tiers`) the first stands for all
+        value = value[0] if isinstance(value, list | tuple) else value
     return value.name if isinstance(value, fx.Node) else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.passes.cleanup import Cleanup
 from compress.passes.decompose import Decompose
+from compress.passes.frequency_tiers import FrequencyTiers
 from compress.passes.low_rank_correction import LowRankCorrection
 from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.pack_sparse import PackSparse
@@ -15,6 +16,7 @@ from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.recover import Recover
+from compress.passes.screen_logits import ScreenLogits
 from compress.passes.smooth import Smooth
 from compress.passes.vq_logits import VqLogits
 from compress.pipeline import Pass
@@ -22,6 +24,7 @@ from compress.pipeline import Pass
 PASSES: dict[str, type[Pass]] = {
     "cleanup": Cleanup,
     "decompose": Decompose,
+    "frequency_tiers": FrequencyTiers,
     "low_rank_correction": LowRankCorrection,
     "mixed_precision": MixedPrecision,
     "pack_sparse": PackSparse,
@@ -33,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
     "quantize_codebook": QuantizeCodebook,
     "quantize_weights": QuantizeWeights,
     "recover": Recover,
+    "screen_logits": ScreenLogits,
     "smooth": Smooth,
     "vq_logits": VqLogits,
 }

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, fx
 
 from compress.calibration import Statistics, output_error
 from compress.graph import Graph, Site
@@ -74,31 +74,30 @@ class VqLogits(Pass):
                 notes.append(Note(site.name, f"{reason}; left as it is"))
                 continue
             context.progress.step(site.name)
-            found, statistics = self.codes_of(graph, site, context)
-            put_codes(result, site, found)
-            changes.append(self._change(graph, site, found, statistics))
-            notes += _told(graph, site, found)
+            head = dense_head(graph, site, context)
+            found = self._codes(graph, site, head, context.seed)
+            builder = HeadBuilder(result, site)
+            builder.finish(self._logits(builder, found))
+            changes.append(self._change(graph, site, found, head))
+            notes += [Note(site.name, text) for text in self._told(graph, site, found, head)]
         return PassResult(result, tuple(changes), tuple(notes))
 
-    def codes_of(self, graph: Graph, site: Site, context: Context) -> tuple[LogitCodes, Statistics | None]:
-        """Codes of one head, and the covariance of what it reads."""
-        head = dense_head(graph, site, context)
+    def _logits(self, builder: HeadBuilder, found: LogitCodes) -> fx.Node:
+        """What stands in place of the head's output."""
+        return coded_logits(builder, found)
+
+    def _codes(self, graph: Graph, site: Site, head: Head | None, seed: int) -> LogitCodes:
         if head is None:
-            weight, bias = _parameters(graph, site)
-            return code_rows(weight, bias, self.codes, self.stages, seed=context.seed), None
-        training = Training(self.epochs, learning_rate=self.learning_rate) if self.epochs else None
-        found = code_logits(
+            return code_rows(*_parameters(graph, site), self.codes, self.stages, seed=seed)
+        return code_logits(
             head,
             self.codes,
             self.stages,
             singletons=self.singletons,
             token_bias=self.token_bias,
-            training=training,
-            seed=context.seed,
+            training=Training(self.epochs, learning_rate=self.learning_rate) if self.epochs else None,
+            seed=seed,
         )
-        centred = head.inputs - head.inputs.mean(0)
-        H = centred.mT @ centred / len(centred)
-        return found, Statistics(len(centred), H.diagonal().unsqueeze(0), H=H.unsqueeze(0))
 
     def _too_large(self, graph: Graph, site: Site) -> str:
         tokens, columns = graph.shape(site.weight)
@@ -107,21 +106,44 @@ class VqLogits(Pass):
             return f"{entries} entries take as many numbers as its {tokens} rows"
         return ""
 
-    def _change(self, graph: Graph, site: Site, found: LogitCodes, statistics: Statistics | None) -> Change:
+    def _change(self, graph: Graph, site: Site, found: LogitCodes, head: Head | None) -> Change:
         old = graph.weight(site.weight)
         before = old.numel() * old.element_size()
-        after = codes_nbytes(found, old.element_size())
-        shown = f"{self.stages}x{self.codes}" if self.stages > 1 else f"{self.codes}"
+        after = codes_nbytes(found, old.element_size()) + self._added(graph, site)
         return Change(
             site=site.name,
             weight=site.weight,
-            action=f"vq {shown} codes",
+            action=self._action(),
             bits=8 * after / old.numel(),
             sparsity=0.0,
             bytes_before=before,
             bytes_after=after,
-            error=output_error(old, found.codes.decode(), statistics),
+            error=output_error(old, found.codes.decode(), None if head is None else _covariance(head.inputs)),
         )
+
+    def _action(self) -> str:
+        return f"{self.stages} x {self.codes} codes"
+
+    def _added(self, graph: Graph, site: Site) -> int:
+        """Bytes of the head that stay."""
+        return 0
+
+    def _told(self, graph: Graph, site: Site, found: LogitCodes, head: Head | None) -> list[str]:
+        if head is None:
+            told = ["no calibration data: plain k-means, whose outputs are poor"]
+        else:
+            first, last = found.divergences
+            where = "divergence from the dense head on held-out rows"
+            told = [f"{where}: {first:.4g} nats at the start, {last:.4g} in the end"]
+        if site.weight not in graph.unshared():
+            told.append("the weight stays for its other readers: time is saved, no bytes")
+        return told
+
+
+def _covariance(inputs: Tensor) -> Statistics:
+    centred = inputs - inputs.mean(0)
+    H = centred.mT @ centred / len(centred)
+    return Statistics(len(centred), H.diagonal().unsqueeze(0), H=H.unsqueeze(0))
 
 
 def declined(graph: Graph, site: Site) -> str:
@@ -160,25 +182,13 @@ def codes_nbytes(found: LogitCodes, element_size: int) -> int:
     return floats * element_size + sum(m.numel() * m.element_size() for m in maps)
 
 
-def put_codes(graph: Graph, site: Site, found: LogitCodes) -> None:
-    """Replace a head by its codes.
-
-    Args:
-        graph: changed.
-        site: a head of it.
-        found: what stands in its place.
-    """
-    builder = HeadBuilder(graph, site)
-    builder.finish(coded_logits(builder, found))
-
-
-def coded_logits(builder: HeadBuilder, found: LogitCodes) -> torch.fx.Node:
+def coded_logits(builder: HeadBuilder, found: LogitCodes) -> fx.Node:
     """The operators that compute logits ``[..., V]`` from codes; one product for all codebooks."""
     dtype = builder.graph.weight(builder.site.weight).dtype
     books = found.codes.codebooks
     codebook = builder.tensor("codebook.weight", torch.cat(books).to(dtype))
     coarse = builder.call(_aten.linear.default, builder.hidden, codebook, layer="codebook")
-    total: torch.fx.Node | None = None
+    total: fx.Node | None = None
     start = 0
     for stage, (book, codes) in enumerate(zip(books, found.codes.maps, strict=True)):
         end = start + len(book)
@@ -191,16 +201,3 @@ def coded_logits(builder: HeadBuilder, found: LogitCodes) -> torch.fx.Node:
     if found.bias is None:
         return total
     return builder.call(_aten.add.Tensor, total, builder.tensor("token_bias", found.bias.to(dtype)))
-
-
-def _told(graph: Graph, site: Site, found: LogitCodes) -> list[Note]:
-    notes = []
-    if found.divergences:
-        first, last = found.divergences
-        where = "divergence from the dense head on held-out rows"
-        notes.append(Note(site.name, f"{where}: {first:.4g} nats at the start, {last:.4g} in the end"))
-    else:
-        notes.append(Note(site.name, "no calibration data: plain k-means, whose outputs are poor"))
-    if site.weight not in graph.unshared():
-        notes.append(Note(site.name, "the weight stays for its other readers: time is saved, no bytes"))
-    return notes

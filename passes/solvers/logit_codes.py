@@ -40,8 +40,8 @@ _EVENLY = 0.1
 _DAMPING = 1e-4
 _AT_ONCE = 1 << 22
 """Logits held at a time."""
-_MASS_ROWS, _CODE_ROWS, _HELD_ROWS = 8192, 8192, 2048
-"""Rows from which masses are estimated, new codes are found, and states are judged."""
+_MASS_ROWS, _CODE_ROWS, _HELD_ROWS, _RECALL_ROWS = 8192, 8192, 2048, 4096
+"""Rows from which masses are estimated, new codes are found, and states and shortlists are judged."""
 _ROUNDS = 3
 _BETAS = (0.9, 0.99)
 
@@ -156,7 +156,46 @@ def code_logits(
     return fit.result((first, kept[0]))
 
 
+def recall(head: Head, found: LogitCodes, candidates: int) -> tuple[float, int]:
+    """How often the dense head's most probable token is among the first by the codes' logits.
+
+    Args:
+        head: the last fifth of its rows, at most 4096, are looked at: those that codes were not fitted to.
+        found: codes of it.
+        candidates: how many are first.
+
+    Returns:
+        A fraction, and the number of rows.
+    """
+    _, held = held_out(len(head.inputs), _RECALL_ROWS)
+    kept = found.codes.decode()
+    hits = 0
+    for part in head.parts(held):
+        z = head.inputs[part] @ kept.mT
+        z = z if found.bias is None else z + found.bias
+        chosen = z.topk(min(candidates, len(kept)), sorted=False).indices
+        hits += int((chosen == head.probabilities(part).argmax(0).unsqueeze(1)).sum())
+    return hits / len(held), len(held)
+
+
+def held_out(count: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Of so many rows those to fit to, and at most `limit` of the last fifth; a handful is used for both."""
+    fitting = torch.arange(count - count // 5)
+    return fitting, _spread(torch.arange(len(fitting), count) if count >= 5 else fitting, limit)
+
+
 State = tuple[list[Tensor], Tensor, Tensor]
+
+
+def token_masses(head: Head, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``E[p_v]`` and ``E[p_v (1 - p_v)]`` over some of these rows, float32 ``[V]`` each."""
+    rows = _spread(rows, _MASS_ROWS)
+    probability, mass = torch.zeros(2, len(head.weight)).unbind()
+    for part in head.parts(rows):
+        p = head.probabilities(part)
+        probability += p.sum(1)
+        mass += (p * (1 - p)).sum(1)
+    return probability / len(rows), mass / len(rows)
 
 
 class Fit:
@@ -166,10 +205,7 @@ class Fit:
         self.head, self.token_bias, self.seed = head, token_bias, seed
         self.generator = torch.Generator().manual_seed(seed)
         count = len(head.inputs)
-        held = count // 5
-        self.rows = torch.arange(count - held)
-        # of a handful of rows all are used for both
-        self.held = _spread(torch.arange(count - held, count) if held else self.rows, _HELD_ROWS)
+        self.rows, self.held = held_out(count, _HELD_ROWS)
         x = head.inputs.double()
         # a bias can stand for the mean; without it the logits are of h itself
         mean = x.mean(0) if token_bias else torch.zeros_like(x[0])
@@ -187,12 +223,8 @@ class Fit:
         self.alone = torch.empty(0, dtype=torch.long)
 
     def start(self, codes: int, stages: int, singletons: int) -> None:
-        mass, probability = torch.zeros(2, len(self.points)).unbind()
-        rows = _spread(self.rows, _MASS_ROWS)
-        for part in self.head.parts(rows):
-            p = self.head.probabilities(part)
-            probability += p.sum(1)
-            mass += (p * (1 - p)).sum(1)
+        """The first codes."""
+        probability, mass = token_masses(self.head, self.rows)
         mass = (1 - _EVENLY) * mass / mass.sum().clamp_min(1e-30) + _EVENLY / len(mass)
         self.alone = probability.topk(min(singletons, len(mass))).indices
         found = residual_codes(self.points, mass, codes, stages, alone=self.alone, seed=self.seed)
