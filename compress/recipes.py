@@ -171,6 +171,51 @@ passes:
     group_size: 32
     symmetric: false
 """,
+    "lm-int4": """
+metadata:
+  name: lm-int4
+  description: >-
+    For language models: 4-bit linear layers in groups of 128, for which ONNX Runtime is fastest at batch 1;
+    embeddings in groups of 32.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 4
+    group_size: 32
+    symmetric: false
+    targets: [embedding]
+  - pass: quantize_weights
+    bits: 4
+    group_size: 128
+    symmetric: false
+    targets: [linear]
+""",
+    "lm-extreme": """
+metadata:
+  name: lm-extreme
+  description: >-
+    For language models: 3.1 bits for each weight, scales included. Layers get 2, 4 or 8 bits by what they do
+    to the outputs; a head is split, so that probable tokens can get more.
+passes:
+  - pass: cleanup
+  - pass: frequency_tiers
+    tiers: [1024]
+  - pass: mixed_precision
+    effective_bits: 3.1
+    sensitive: []
+""",
+    "vq-logits": """
+metadata:
+  name: vq-logits
+  description: >-
+    For language models with a large vocabulary: the output head as four codebooks of 256 entries, trained on
+    the model's own outputs; give it thousands of tokens. Several times faster logits, at a visible cost.
+passes:
+  - pass: cleanup
+  - pass: vq_logits
+    codes: 256
+    stages: 4
+""",
     "sparse50": """
 metadata:
   name: sparse50

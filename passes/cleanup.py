@@ -7,7 +7,9 @@
    style layers are linear sites like any other; ``matmul(x, W^T)`` becomes ``linear(x, W)``.
 3. What is computed from weights alone is computed once, here, unless that takes more room: so weight and
    spectral norms, and slices of a packed projection, are weights like any other.
-4. Operators that do nothing in inference (dropout, detach, alias) and values nobody reads are dropped.
+4. Positions that are taken from the output of a linear layer are taken from its input: where a language model
+   returns the logits of its last position, the head is computed there alone.
+5. Operators that do nothing in inference (dropout, detach, alias) and values nobody reads are dropped.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Cleanup(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph = graph.copy()
         kept = {s.node for s in graph.sites()} - {s.node for s in self.select(graph)}
-        counts = {"computed": _fold_constants(graph), "folded": 0, "normalised": 0, "dropped": 0}
+        counts = dict.fromkeys(("folded", "normalised", "moved", "dropped"), 0)
+        counts["computed"] = _fold_constants(graph)
         graph.prune_dead_code()
         for node in list(graph.ops.nodes):
             if node.op != "call_function":
@@ -66,11 +69,14 @@ class Cleanup(Pass):
                 counts["folded"] += _fold_batch_norm(graph, node, kept)
             elif node.target in (_aten.matmul.default, _aten.mm.default, _aten.addmm.default):
                 counts["normalised"] += _as_linear(graph, node)
+            elif node.target in (_aten.slice.Tensor, _aten.select.int):
+                counts["moved"] += _take_before(graph, node, kept)
         dead = graph.prune_dead_code()
         words = {
             "computed": "values computed from weights alone stored",
             "folded": "batch normalisations folded",
             "normalised": "matrix products made linear layers",
+            "moved": "slices taken before a linear layer",
             "dropped": "no-ops dropped",
         }
         notes = [Note("", f"{counts[k]} {words[k]}") for k in counts if counts[k]]
@@ -222,6 +228,26 @@ def _as_linear(graph: Graph, node: fx.Node) -> bool:
         linear = graph.ops.call_function(_aten.linear.default, (x, weight, bias))
     linear.meta = dict(node.meta)
     node.replace_all_uses_with(linear)
+    graph.ops.erase_node(node)
+    return True
+
+
+def _take_before(graph: Graph, node: fx.Node, kept: set[str]) -> bool:
+    """Take a slice from the input of a linear layer instead of its output, where nobody reads the rest."""
+    layer = node.args[0]
+    if not isinstance(layer, fx.Node) or layer.target is not _aten.linear.default or layer.name in kept:
+        return False
+    rank, axis = layer.meta.get("rank"), argument(node, "dim", 0)
+    if rank is None or len(layer.users) != 1 or axis % rank == rank - 1:
+        return False
+    assert callable(node.target)
+    with graph.ops.inserting_before(layer):
+        taken = graph.ops.call_function(
+            node.target, (layer.args[0], axis % rank, *node.args[2:]), node.kwargs
+        )
+    taken.meta["rank"] = layer.meta["rank"] = node.meta["rank"]
+    layer.update_arg(0, taken)
+    node.replace_all_uses_with(layer)
     graph.ops.erase_node(node)
     return True
 

@@ -44,17 +44,7 @@ class ScreenLogits(VqLogits):
         return super()._too_large(graph, site)
 
     def _logits(self, builder: HeadBuilder, found: LogitCodes) -> fx.Node:
-        coarse = coded_logits(builder, found)
-        first = builder.call(_aten.topk.default, coarse, self.candidates, -1, True, False)
-        chosen = builder.call(operator.getitem, first, 1)
-        weight = builder.layer.args[1]
-        rows = builder.call(_aten.embedding.default, weight, chosen, layer="candidates")  # [.., N, columns]
-        column = builder.call(_aten.unsqueeze.default, builder.hidden, -1)
-        exact = builder.call(_aten.squeeze.dim, builder.call(_aten.matmul.default, rows, column), -1)
-        bias = argument(builder.layer, "bias", None)
-        if bias is not None:
-            exact = builder.call(_aten.add.Tensor, exact, builder.call(_aten.index.Tensor, bias, [chosen]))
-        return builder.call(_aten.scatter.src, coarse, -1, chosen, exact)
+        return screened_logits(builder, found, self.candidates)
 
     def _action(self) -> str:
         return f"{self.candidates} candidates by {super()._action()}"
@@ -69,3 +59,18 @@ class ScreenLogits(VqLogits):
             return [*told, "no calibration data: codes of plain k-means, and their recall is not known"]
         share, rows = recall(head, found, self.candidates)
         return [*told, f"recall at {self.candidates}: {share:.5f} of {rows} held-out rows"]
+
+
+def screened_logits(builder: HeadBuilder, found: LogitCodes, candidates: int) -> fx.Node:
+    """The operators of a two-stage head; its weight is read as an embedding, at the candidates."""
+    coarse = coded_logits(builder, found)
+    first = builder.call(_aten.topk.default, coarse, candidates, -1, True, False)
+    chosen = builder.call(operator.getitem, first, 1)
+    weight = builder.layer.args[1]
+    rows = builder.call(_aten.embedding.default, weight, chosen, layer="candidates")  # [.., N, columns]
+    column = builder.call(_aten.unsqueeze.default, builder.hidden, -1)
+    exact = builder.call(_aten.squeeze.dim, builder.call(_aten.matmul.default, rows, column), -1)
+    bias = argument(builder.layer, "bias", None)
+    if bias is not None:
+        exact = builder.call(_aten.add.Tensor, exact, builder.call(_aten.index.Tensor, bias, [chosen]))
+    return builder.call(_aten.scatter.src, coarse, -1, chosen, exact)

@@ -58,7 +58,7 @@ class VqLogits(Pass):
         description="passes over the calibration rows that train the codebooks; 0: closed forms alone",
     )
     learning_rate: float = Field(
-        0.1, gt=0, description="of that training, relative to the size of the codebooks; falls to zero"
+        0.05, gt=0, description="of that training, relative to the size of the codebooks; falls to zero"
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:

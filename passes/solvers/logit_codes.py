@@ -42,7 +42,8 @@ _AT_ONCE = 1 << 22
 """Logits held at a time."""
 _MASS_ROWS, _CODE_ROWS, _HELD_ROWS, _RECALL_ROWS = 8192, 8192, 2048, 4096
 """Rows from which masses are estimated, new codes are found, and states and shortlists are judged."""
-_ROUNDS = 3
+_ROUNDS = 2
+"""Of new codes and training: the first codes are moved a lot, later ones hardly."""
 _BETAS = (0.9, 0.99)
 
 
@@ -85,7 +86,7 @@ class Training:
 
     epochs: float
     batch_rows: int = 512
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -205,3 +205,36 @@ def test_norm_after_a_convolution_without_batch_is_not_folded() -> None:
     graph = compress.capture(module, (x,), inputs=["!3,7"])
     cleaned = Cleanup().apply(graph, Context(graph)).graph
     assert_close(module(x).detach(), cleaned.run([x])[0], db=90)
+
+
+class Positions(nn.Module):
+    """A head of which some positions are returned."""
+
+    def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.take = nn.Linear(6, 8), nn.Linear(8, 20), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.take(self.head(self.body(x).relu()))
+
+
+@pytest.mark.parametrize(
+    ("take", "rows"),
+    [
+        (lambda y: y[:, -1:], 3),
+        (lambda y: y[:, -1], 3),
+        (lambda y: y[:, -1:, :], 3),
+        (lambda y: y[:, 1:4:2, 3:], 6),
+        (lambda y: y[1:, -2:], 4),
+        (lambda y: y[..., 2:9], 15),
+        (lambda y: y[:, -1:] + y.mean(), 15),
+    ],
+)
+def test_positions_are_taken_before_the_head(take: Callable[[Tensor], Tensor], rows: int) -> None:
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    graph, cleaned = clean(Positions(take).eval(), x)
+    assert_close(graph.run([x])[0], cleaned.run([x])[0], db=120)
+    seen: dict[str, Tensor] = {}
+    cleaned.run([x], lambda node, value: seen.setdefault(node.name, value))
+    heads = [site for site in cleaned.sites() if site.name == "head"]
+    assert [seen[site.node].shape[:-1].numel() for site in heads] == [rows]
