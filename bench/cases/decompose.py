@@ -1,8 +1,8 @@
 """Decomposition: ranks by measured damage beside ALDS, Tucker-2 and a uniform SVD, and what it is good for.
 
-ResNet-20 at several numbers of parameters, without training, and once with. Layers of an MLP and of MiniLM:
-what knowing the inputs is worth at equal rank. A small language model decomposed, trained and quantized as
-CompactifAI has it, beside integers alone. Layers of 4096 channels in ONNX Runtime.
+A ResNet-20 at several numbers of parameters, without training, and at one with. Layers of an MLP and of
+MiniLM: what knowing the inputs is worth at equal rank. Counts against formulas, full ranks, and a model of
+layers of 4096 channels as a file in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +26,17 @@ from bench.cases.chita import MLPNet
 from bench.cases.resnet20 import CHECKPOINTS, normalised
 from bench.measure import MB, Measurement, Setup, measured, true
 from compress.calibration import Statistics, output_error, sweep
-from compress.chain import Chain
+from compress.chain import MatrixProduct, contract
 from compress.data import CalibrationData, load_calibration
 from compress.graph import Site
-from compress.layers import alone, operations
+from compress.layers import alone, operations, put
 from compress.passes.cleanup import Cleanup
 from compress.passes.decompose import Decompose
-from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.recover import Recover
+from compress.passes.solvers import mpo
+from compress.passes.solvers.forms import Decomposer, Form
 from compress.passes.solvers.low_rank import spectrum
-from compress.pipeline import Context, Pass
+from compress.pipeline import Context
 
 _ALTERNATIVES: dict[str, dict[str, Any]] = {
     "SVD, uniform": {"method": "svd", "allocation": "uniform"},
@@ -43,79 +44,103 @@ _ALTERNATIVES: dict[str, dict[str, Any]] = {
     "Tucker-2, uniform": {"method": "tucker", "allocation": "uniform"},
     "ours": {},
 }
+_EPOCHS = 14
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """When quick: one budget, few samples, no training of the ResNet-20, no MiniLM, narrow layers."""
-    found = [*_resnet20(setup), *_inputs_known(setup), *_language_model(setup)]
-    return [*found, *_speed(1024 if setup.quick else 4096, setup)]
+    """When quick: one budget, few samples, no MiniLM, narrow layers in the files."""
+    net = _ResNet(setup)
+    found = [measured("ResNet-20: accuracy, dense", net.accuracy(net.graph), "%"), *_resnet20(net, setup)]
+    return [*found, *_inputs_known(setup), *_formulas(), *_files(512 if setup.quick else 4096, setup)]
+
+
+def recovered(setup: Setup) -> list[Measurement]:
+    """The ResNet-20 without 60 % of its parameters, trained. When quick: for one pass over 1,000 images."""
+    return list(_recovered(_ResNet(setup), setup))
 
 
 # -- ResNet-20 ---------------------------------------------------------------------------------------
 
 
-def _resnet20(setup: Setup) -> Iterator[Measurement]:
-    with np.load(setup.file("data/cifar10.npz")) as file:
-        test = normalised(file["test_images"], CHECKPOINTS["chita"])
-        labels = torch.from_numpy(file["test_labels"]).long()
-    with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
-        train = normalised(file["train_images"][: 256 if setup.quick else 10_000], CHECKPOINTS["chita"])
-    graph = compress.capture(
-        setup.file("models/resnet20_cifar10_chita.safetensors"),
-        [train[:2]],
-        model="bench/models.py:resnet20_chita",
-    )
-    graph = Cleanup().apply(graph, Context(graph)).graph
-    few = load_calibration(train[:512], inputs=graph.inputs, samples=512)
-    before = _operations(graph, test[:1])
+class _ResNet:
+    """A ResNet-20 with its batch normalisation folded, images to calibrate with, and how well it does."""
 
-    def accuracy(graph: compress.Graph) -> float:
-        guesses = torch.cat([graph.run([part])[0].argmax(1) for part in test.split(250)])
-        return 100 * float((guesses == labels).double().mean())
+    def __init__(self, setup: Setup) -> None:
+        with np.load(setup.file("data/cifar10.npz")) as file:
+            self.train, self.test = (
+                normalised(file[f"{part}_images"], CHECKPOINTS["chita"]) for part in ("train", "test")
+            )
+            self.labels = torch.from_numpy(file["test_labels"]).long()
+        graph = compress.capture(
+            setup.file("models/resnet20_cifar10_chita.safetensors"),
+            [self.train[:2]],
+            model="bench/models.py:resnet20_chita",
+        )
+        self.graph = Cleanup().apply(graph, Context(graph)).graph
+        images = self.train[: 128 if setup.quick else 512]
+        self.few = load_calibration(images, inputs=graph.inputs, samples=len(images))
 
-    dense = accuracy(graph)
-    yield measured("ResNet-20: accuracy, dense", dense, "%")
+    def accuracy(self, graph: compress.Graph) -> float:
+        guesses = torch.cat([graph.run([part])[0].argmax(1) for part in self.test.split(250)])
+        return 100 * float((guesses == self.labels).double().mean())
+
+    def operations(self, graph: compress.Graph) -> int:
+        weights = {site.weight for site in graph.sites()}
+        return sum(operations(layer, [x]) for _, layer, x in alone(graph, [self.test[:1]], weights))
+
+    def decomposed(self, name: str, reduction: float) -> compress.Graph:
+        step = Decompose(parameter_reduction=reduction, rank_multiple=1, **_ALTERNATIVES[name])
+        return step.apply(self.graph, Context(self.graph, self.few)).graph
+
+
+def _resnet20(net: _ResNet, setup: Setup) -> Iterator[Measurement]:
+    before = net.operations(net.graph)
     for reduction in (0.5,) if setup.quick else (0.3, 0.4, 0.5, 0.6, 0.7):
         reached: dict[str, float] = {}
-        for name, options in _ALTERNATIVES.items():
+        for name in _ALTERNATIVES:
             at = f"ResNet-20 -{100 * reduction:.0f} % {name}"
-            step = Decompose(parameter_reduction=reduction, rank_multiple=1, **options)
             began = time.process_time()
-            after = step.apply(graph, Context(graph, few)).graph
-            reached[name] = accuracy(after)
+            after = net.decomposed(name, reduction)
+            seconds = time.process_time() - began
+            reached[name] = net.accuracy(after)
             yield measured(f"{at}: accuracy", reached[name], "%")
-            yield measured(f"{at}: parameters", after.parameters / graph.parameters, "of dense")
-            yield measured(f"{at}: operations", _operations(after, test[:1]) / before, "of dense")
-            yield measured(f"{at}: processor time", time.process_time() - began, "s")
+            yield measured(f"{at}: parameters", after.parameters / net.graph.parameters, "of dense")
+            yield measured(f"{at}: operations", net.operations(after) / before, "of dense")
+            yield measured(f"{at}: processor time", seconds, "s")
         order = reached["ours"] >= reached["ALDS"] >= reached["SVD, uniform"]
         yield true(f"ResNet-20 -{100 * reduction:.0f} %: ours >= ALDS >= uniform SVD", order)
-    if setup.quick:
-        return
-    data = load_calibration(train, inputs=graph.inputs, samples=len(train))
-    for name in ("ALDS", "ours"):
+
+
+def _recovered(net: _ResNet, setup: Setup) -> Iterator[Measurement]:
+    """On all images at hand, without their labels: 4,000 lossless ones and 6,000 JPEGs."""
+    images = net.train[:1000]
+    if not setup.quick:
+        with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
+            images = torch.cat((net.train, normalised(file["train_images"][:6000], CHECKPOINTS["chita"])))
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    data = load_calibration(images, inputs=net.graph.inputs, samples=len(images))
+    training: dict[str, Any] = {"learning_rate": 2e-3, "augment": ("crop", "flip")}
+    dense = net.accuracy(net.graph)
+    yield measured("ResNet-20: accuracy, dense", dense, "%")
+    for name in ("ALDS",) if setup.quick else ("ALDS", "ours"):
         began = time.process_time()
-        context = Context(graph, few)
-        after = Decompose(parameter_reduction=0.6, rank_multiple=1, **_ALTERNATIVES[name]).apply(
-            graph, context
-        )
-        healing = Recover(epochs=15, learning_rate=2e-3, augment=("crop", "flip"))
-        healed = healing.apply(after.graph, Context(graph, data)).graph
-        lost = round(dense - accuracy(healed), 6)
-        yield measured(f"ResNet-20 -60 % {name}, recovered: accuracy lost", lost, "points", "<= 1.0")
-        yield measured(
-            f"ResNet-20 -60 % {name}, recovered: processor time",
-            (time.process_time() - began) / 60,
-            "min",
-            "<= 30",
-        )
-
-
-def _operations(graph: compress.Graph, x: Tensor) -> int:
-    weights = {site.weight for site in graph.sites()}
-    return sum(operations(layer, [value]) for _, layer, value in alone(graph, [x], weights))
+        after = net.decomposed(name, 0.6)
+        at = f"ResNet-20 -60 % {name}"
+        yield measured(f"{at}: parameters", after.parameters / net.graph.parameters, "of dense")
+        yield measured(f"{at}: accuracy lost", round(dense - net.accuracy(after), 6), "points")
+        healing = Recover(epochs=1 if setup.quick else _EPOCHS, **training)
+        healed = healing.apply(after, Context(net.graph, data)).graph
+        minutes = (time.process_time() - began) / 60
+        lost = round(dense - net.accuracy(healed), 6)
+        yield measured(f"{at}, recovered: accuracy lost", lost, "points", "" if setup.quick else "<= 1.0")
+        yield measured(f"{at}, recovered: processor time", minutes, "min", "<= 30")
 
 
 # -- what knowing the inputs is worth ----------------------------------------------------------------
+
+
+_PARTS = (8, 4, 2)
+"""Fractions of the full rank to compare at."""
 
 
 def _inputs_known(setup: Setup) -> Iterator[Measurement]:
@@ -150,111 +175,92 @@ def _inputs_known(setup: Setup) -> Iterator[Measurement]:
 def _plain_and_whitened(
     name: str, graph: compress.Graph, train: CalibrationData, test: CalibrationData
 ) -> Iterator[Measurement]:
-    """Squared error of each layer's output on unseen samples, at a quarter of the rank."""
+    """Squared error of each layer's output on unseen samples, at fractions of the full rank."""
     sites = [site for site in graph.sites() if site.kind == "linear"]
-    made: dict[str, list[Tensor]] = {}
-    ratios: list[float] = []
+    made: dict[str, list[list[Tensor]]] = {}
+    ratios: dict[int, list[float]] = {part: [] for part in _PARTS}
 
     def fit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
         assert statistics is not None and statistics.H is not None
-        rank = max(1, min(weight.shape) // 4)
-        pairs = (spectrum(weight, h).factors(rank) for h in (None, statistics.H[0]))
-        made[site.weight] = [(last @ first).float() for first, last in pairs]
+        both = [spectrum(weight, h) for h in (None, statistics.H[0])]
+        made[site.weight] = []
+        for part in _PARTS:
+            pairs = (found.factors(max(1, min(weight.shape) // part)) for found in both)
+            made[site.weight].append([(last @ first).float() for first, last in pairs])
 
     def judge(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
-        plain, whitened = (output_error(weight, new, statistics) ** 2 for new in made[site.weight])
-        ratios.append(plain / whitened)
+        for part, forms in zip(_PARTS, made[site.weight], strict=True):
+            plain, whitened = (output_error(weight, new, statistics) ** 2 for new in forms)
+            ratios[part].append(plain / whitened)
 
     for data, visit in ((train, fit), (test, judge)):
         sweep(graph, sites, visit, batches=data.inputs(), needs=frozenset({"diag", "H"}))
-    yield measured(
-        f"{name}: error of plain / whitened SVD, median layer", statistics.median(ratios), "x", ">= 2"
-    )
-    yield measured(f"{name}: error of plain / whitened SVD, least", min(ratios), "x", ">= 1")
+    for part, row in ratios.items():
+        what = f"{name}: error of plain / whitened SVD at 1/{part} of the rank"
+        yield measured(f"{what}, median layer", statistics.median(row), "x", ">= 2")
+        yield measured(f"{what}, least", min(row), "x", ">= 1")
 
 
-# -- CompactifAI -------------------------------------------------------------------------------------
+# -- formulas ----------------------------------------------------------------------------------------
 
 
-def _language_model(setup: Setup) -> Iterator[Measurement]:
-    """Decompose, train, quantize, beside integers alone; embedding and head are quantized alike."""
-    tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
-    corpus = setup.file("data/wikitext2.train.txt.gz")
-    length = 64 if setup.quick else 256
-    graph = compress.capture(
-        setup.file("models/lm_wikitext2_d256.safetensors"),
-        inputs=[f"ids:int64[1,seq={length}]"],
-        model="bench/models.py:small_lm",
-    )
-    count = 16 if setup.quick else 1024
-    data = load_calibration(corpus, inputs=graph.inputs, tokenizer=tokenizer, samples=count)
-    few = load_calibration(corpus, inputs=graph.inputs, tokenizer=tokenizer, samples=min(64, count))
-    test = torch.from_numpy(text.windows(setup.file("data/wikitext2.test.txt.gz"), tokenizer, length))
-    test = test[:: len(test) // 10][:10] if setup.quick else test
-    ends = ("embed_tokens", "lm_head")
-    sites = [s for s in graph.sites() if s.name not in ends]
-    blocks = sum(math.prod(graph.shape(s.weight)) for s in sites)
-
-    def quantized(bits: Literal[2, 4]) -> list[Pass]:
-        options: dict[str, Any] = {"group_size": 32, "symmetric": False}
-        inner = QuantizeWeights(bits=bits, ignore=ends, **options)
-        return [inner, QuantizeWeights(bits=4, targets=ends, **options)]
-
-    mpo = Decompose(method="mpo", parameter_reduction=0.7, rank_multiple=8, ignore=("lm_head",))
-    low_rank = Decompose(parameter_reduction=0.7, rank_multiple=8, ignore=("lm_head",))
-    heal = Recover(epochs=1 if setup.quick else 3, batch_size=8, learning_rate=5e-4)
-    plans: dict[str, list[Pass]] = {
-        "int4": quantized(4),
-        "int2": quantized(2),
-        "mpo -70 %": [mpo],
-        "mpo -70 %, recovered": [mpo, heal],
-        "mpo -70 %, recovered, int4": [mpo, heal, *quantized(4)],
-        "whitened SVD or best -70 %, recovered, int4": [low_rank, heal, *quantized(4)],
-    }
-    yield measured("LM: perplexity, float", _perplexity(graph, test))
-    yield measured("LM: file, float", graph.nbytes / MB, "MB")
-    yield measured("LM: parameters of the blocks", blocks)
-    for name, passes in plans.items():
-        now = graph
-        for step in passes:
-            used = data if isinstance(step, Recover) else few
-            now = step.apply(now, Context(graph, used)).graph
-        yield measured(f"LM {name}: perplexity", _perplexity(now, test))
-        yield measured(f"LM {name}: bytes", now.nbytes / MB, "MB")
-        left = sum(math.prod(now.shape(s.weight)) for s in now.sites() if s.name not in ends)
-        yield measured(f"LM {name}: parameters of the blocks", left / blocks, "of dense")
-
-
-def _perplexity(graph: compress.Graph, tokens: Tensor) -> float:
-    fast = graph.decoded()
-    total, count = 0.0, 0
-    for rows in tokens.split(4):
-        guess = fast.run([rows])[0][:, :-1].flatten(0, 1)
-        wanted = rows[:, 1:].flatten()
-        total += float(nn.functional.cross_entropy(guess, wanted, reduction="sum"))
-        count += wanted.numel()
-    return math.exp(total / count)
-
-
-# -- speed -------------------------------------------------------------------------------------------
-
-
-def _speed(width: int, setup: Setup) -> Iterator[Measurement]:
-    """A square layer, and two of half its parameters, in ONNX Runtime."""
-    from compress.exporters.latency import layer_latencies
-
+def _formulas() -> Iterator[Measurement]:
+    """Stored numbers and counted operations of chains in graphs, and matrix products with full bonds."""
     generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(width, width, bias=False)
-    rank = width // 4
-    factors = (torch.randn(s, generator=generator) / width**0.5 for s in ((rank, width), (width, rank)))
-    chain = Chain(f"svd {rank}", tuple(factors))
-    for rows in (1, 8, 128):
-        x = torch.randn(rows, width, generator=generator)
-        graph = compress.capture(nn.Sequential(layer).eval(), (x,))
-        (times,) = layer_latencies(
-            graph, (x,), {"0.weight": [None, chain]}, seconds=1 if setup.quick else 10
-        ).values()
-        target = "" if setup.quick else ">= 1.8"
-        yield measured(
-            f"{width}x{width} at half the parameters, {rows} rows: speed-up", times[0] / times[1], "x", target
-        )
+    linear, conv = nn.Linear(768, 192), nn.Conv2d(48, 96, 3, stride=2, padding=1)
+    x, image = torch.randn(7, 768, generator=generator), torch.randn(1, 48, 20, 20, generator=generator)
+    before, after = 20 * 20, 10 * 10
+    sites = ((48, 4), (4, 192))
+    expected: list[tuple[nn.Module, Tensor, Form, int, int]] = [
+        (linear, x, Form("svd", (40,)), 40 * (768 + 192), 7 * 40 * (768 + 192)),
+        (linear, x, Form("alds", (4, 24)), 24 * (768 + 4 * 192), 7 * 24 * (768 + 4 * 192)),
+        (linear, x, Form("mpo", (9,), sites), 9 * (48 * 4 + 4 * 192), 7 * 9 * 4 * 4 * (192 + 48)),
+        (conv, image, Form("svd", (20,)), 20 * (9 * 48 + 96), after * 20 * (9 * 48 + 96)),
+        (conv, image, Form("alds", (3, 16)), 16 * (9 * 48 + 3 * 96), after * 16 * (9 * 48 + 3 * 96)),
+        (conv, image, Form("tucker", (12, 30)), 48 * 12 + 9 * 12 * 30 + 30 * 96,
+         before * 48 * 12 + after * (9 * 12 * 30 + 30 * 96)),
+    ]  # fmt: skip
+    for layer, inputs, form, parameters, work in expected:
+        graph = compress.capture(nn.Sequential(layer).eval(), (inputs,))
+        weights = sum(t.numel() for n, t in graph.tensors.items() if "bias" not in n)
+        (site,) = graph.sites()
+        put(graph, site, Decomposer(graph.tensors[site.weight]).fit(form).to(torch.float32))
+        found = sum(t.numel() for n, t in graph.tensors.items() if "bias" not in n)
+        counted = operations(graph, [inputs])
+        kind = "convolution" if inputs is image else "linear layer"
+        what = f"{form}, {kind}: {found:,} parameters of {weights:,}, {counted:,} operations: as computed"
+        yield true(what, (found, counted) == (parameters, work))
+    weight = torch.randn(192, 768, generator=generator, dtype=torch.float64)
+    worst = 0.0
+    for shape in (*mpo.two_sites(192, 768), ((8, 12), (6, 8), (4, 8)), ((2, 4), (4, 8), (6, 4), (4, 6))):
+        cores = mpo.cores_of(weight, shape, max(mpo.full_bonds(shape)))
+        worst = max(worst, float((contract(cores) - weight).norm() / weight.norm()))
+        worst = max(worst, float((MatrixProduct.of("", cores).decode() - weight).norm() / weight.norm()))
+    yield measured("MPO of 2, 3 and 4 sites at full bonds: exact to", -math.log10(worst), "digits", ">= 12")
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def _files(width: int, setup: Setup) -> Iterator[Measurement]:
+    """A model of two square layers at half the parameters, in ONNX Runtime beside the dense one."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)).eval()
+    x = torch.randn(8, width, generator=generator)
+    dense = compress.capture(model, (x[:2],))
+    step = Decompose(parameter_reduction=0.5, method="svd", allocation="uniform", rank_multiple=width // 64)
+    result = compress.run(dense, [step])
+    artifact = compress.export(result.graph, setup.work / "low.onnx", samples=[(x,)])
+    found = compress.verify(
+        artifact, dense, samples=[(x,)], batch_sizes=(1, 8, 128), seconds=1.0 if setup.quick else 15.0
+    )
+    at = f"{width}x{width} at half the parameters"
+    ranks = {change.action for change in result.report.passes[0].changes}
+    yield true(f"{at}: both layers of rank {width // 4}", ranks == {f"svd {width // 4}"})
+    yield measured(f"{at}: file", artifact.nbytes / MB, "MB")
+    more = (artifact.nbytes - result.graph.nbytes) / 1e3
+    yield measured(f"{at}: of it, besides the numbers of the graph", more, "kB", "<= 30")
+    yield measured(f"{at}: file run exactly, against the graph", min(artifact.proof_db, 999.0), "dB", ">= 50")
+    for timing in found.timings:
+        rows = timing.sizes["batch"]
+        yield measured(f"{at}: speed-up, {rows} rows", timing.speedup, "x", "" if setup.quick else ">= 1.8")
