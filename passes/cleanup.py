@@ -238,8 +238,10 @@ def _take_before(graph: Graph, node: fx.Node, kept: set[str]) -> bool:
     if not isinstance(layer, fx.Node) or layer.target is not _aten.linear.default or layer.name in kept:
         return False
     rank, axis = layer.meta.get("rank"), argument(node, "dim", 0)
-    if rank is None or len(layer.users) != 1 or axis % rank == rank - 1:
+    if rank is None or len(layer.users) != 1 or axis % rank == rank - 1 or node.meta.get("rank", 0) < 2:
         return False
+    if any(layer < read for read in node.all_input_nodes):
+        return False  # where to slice is known only after the layer
     assert callable(node.target)
     with graph.ops.inserting_before(layer):
         taken = graph.ops.call_function(

@@ -71,7 +71,10 @@ class PruneChita(Pass):
         1, ge=1, description="gradients are taken anew for each; the sparsity rises exponentially"
     )
     samples: int | None = Field(
-        None, ge=1, description="calibration samples of a stage; all of them by default"
+        None,
+        ge=1,
+        description="calibration samples of a stage; all of them by default. The gradient of the loss "
+        "(first_order) is always of all",
     )
     mini_batch: int = Field(1, ge=1, description="samples whose gradients are added up: less memory")
     method: Method = Field("best", description="how the support is found; best: as held-out samples say")
@@ -150,8 +153,7 @@ class PruneChita(Pass):
             notes.append(Note("all", reason))
         result, solution = graph.copy(), None
         for stage in range(self.stages):
-            part = data.part(stage, self.samples)
-            solution = self._stage(result, tuple(sites), part, stage, context)
+            solution = self._stage(result, tuple(sites), data, stage, context)
             for weight, values in zip(sites, solution.values, strict=True):
                 old = result.weight(weight)
                 result.set_weight(weight, values.view_as(old).to(old.dtype))
@@ -179,9 +181,16 @@ class PruneChita(Pass):
         self, graph: Graph, names: tuple[str, ...], data: _Data, stage: int, context: Context
     ) -> Solution:
         chooses = self.method == "best" or self.first_order
-        fitting, held_out = data.split(self.mini_batch) if chooses else (data, data)
+        every, held_out = data.split() if chooses else (data, data)
         generator = torch.Generator().manual_seed(context.seed + stage)
-        linear = _mean_gradient(graph, names, fitting, generator) if self.first_order else None
+        # noise of the gradient is noise of the step, which that of the curvature is hardly
+        linear = _mean_gradient(graph, names, every, generator) if self.first_order else None
+        fitting = every
+        if self.samples is not None:
+            judging = self.samples // HELD_OUT_EVERY
+            fitting = every.part(stage, self.samples - judging * chooses)
+            held_out = held_out.part(stage, max(judging, 1))
+        fitting = fitting.multiple_of(self.mini_batch)
         if self.temperature is not None:
             fitting = replace(fitting, labels=None)
         collected = _collect(
@@ -270,20 +279,23 @@ class _Data:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, inputs=tuple(t[rows] for t in self.inputs), labels=labels)
 
-    def part(self, stage: int, count: int | None) -> _Data:
+    def part(self, stage: int, count: int) -> _Data:
         """The samples of a stage: the next ones, beginning anew at the end."""
-        if count is None or count >= len(self):
+        if count >= len(self):
             return self
         return self.at((torch.arange(count) + stage * count) % len(self))
 
-    def split(self, multiple: int) -> tuple[_Data, _Data]:
-        """Samples to fit to, a multiple of a number where there are enough; every fifth to judge by."""
+    def multiple_of(self, size: int) -> _Data:
+        """Without the last ones, if there are enough."""
+        return self.at(torch.arange(len(self) // size * size or len(self)))
+
+    def split(self) -> tuple[_Data, _Data]:
+        """Samples to fit to; every fifth to judge by."""
         rows = torch.arange(len(self))
         held = (rows + 1) % HELD_OUT_EVERY == 0
         if not bool(held.any()):
             return self, self
-        kept = rows[~held]
-        return self.at(kept[: len(kept) // multiple * multiple or len(kept)]), self.at(rows[held])
+        return self.at(rows[~held]), self.at(rows[held])
 
     def loss(self, graph: Graph) -> float:
         """Mean cross-entropy of a row of logits, nats; with the labels, or the dense probabilities."""

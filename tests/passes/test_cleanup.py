@@ -227,6 +227,8 @@ class Positions(nn.Module):
         (lambda y: y[:, 1:4:2, 3:], 6),
         (lambda y: y[1:, -2:], 4),
         (lambda y: y[..., 2:9], 15),
+        (lambda y: y[: y.shape[0] // 2 + 1], 15),
+        (lambda y: y[0, 0], 5),
         (lambda y: y[:, -1:] + y.mean(), 15),
     ],
 )

@@ -83,8 +83,11 @@ def test_labels_do_not_matter_to_predictions() -> None:
 
 def test_a_mini_batch_of_more_samples_than_there_are_is_one_of_all() -> None:
     data = _Data((torch.arange(60.0).unsqueeze(1),), None, None)  # type: ignore[arg-type]
-    assert [len(part) for part in data.split(50)] == [48, 12]
-    assert [len(part) for part in data.split(20)] == [40, 12]
+    fitting, held_out = data.split()
+    assert [len(part) for part in (fitting, held_out)] == [48, 12]
+    assert [len(fitting.multiple_of(size)) for size in (50, 20)] == [48, 40]
+    rows = fitting.inputs[0].flatten()
+    assert torch.equal(fitting.part(2, 20).inputs[0].flatten(), torch.cat((rows[40:], rows[:12])))
 
 
 def test_gradients_that_do_not_fit_are_refused() -> None:
