@@ -44,7 +44,7 @@ _ALTERNATIVES: dict[str, dict[str, Any]] = {
     "Tucker-2, uniform": {"method": "tucker", "allocation": "uniform"},
     "ours": {},
 }
-_EPOCHS = 14
+_EPOCHS = 10
 
 
 def run(setup: Setup) -> list[Measurement]:
