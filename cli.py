@@ -1,7 +1,7 @@
 """The command line: parse, make one call of the Python API, print.
 
 compress model.pt --recipe int4 --model net.py:build --input 1,3,32,32 -o model.onnx
-compress inspect model.pt
+compress inspect model.pt --sensitivity -c images.npz
 compress recipes
 compress tune
 compress doctor
@@ -20,22 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from compress.errors import CompressError, GoalMissed, InputSpecError, UntrustedFileError
-
-# names of layers and extras hold square brackets, which rich would take for markup
-_stderr = Console(stderr=True, markup=False, highlight=False)
-_stdout = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
+from compress.console import STDOUT, Watching, integers, mean_and_std, size_in_bytes, trusting
+from compress.errors import CompressError, GoalMissed, InputSpecError
 
 
 class _CompressByDefault(click.Group):
@@ -84,8 +72,31 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command that reads calibration data takes."""
+    for option in reversed(
+        [
+            click.option("--calibration", "-c", metavar="DATA",
+                         help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or "
+                              "module:callable."),
+            click.option("--tokenizer", metavar="PATH",
+                         help="tokenizer.json or a Hugging Face folder, for text calibration."),
+            click.option("--normalize", metavar="MEAN/STD",
+                         help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'),
+            click.option("--samples", default=512, show_default=True, help="Calibration samples to use."),
+            click.option("--max-memory", default="2GB", show_default=True, metavar="SIZE",
+                         help="Memory for activations while calibrating; the rest goes to disk. Gradients "
+                              "(prune_chita) must fit."),
+            click.option("--seed", default=0, show_default=True, help="Of everything random."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @cli.command()
 @_source_options
+@_data_options
 @click.option(
     "--recipe",
     "-r",
@@ -109,19 +120,6 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="run: weights stay packed in memory. load: decoded once when the file is loaded, at float speed.",
 )
-@click.option(
-    "--calibration",
-    "-c",
-    metavar="DATA",
-    help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or module:callable.",
-)
-@click.option(
-    "--tokenizer", metavar="PATH", help="tokenizer.json or a Hugging Face folder, for text calibration."
-)
-@click.option(
-    "--normalize", metavar="MEAN/STD", help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'
-)
-@click.option("--samples", default=512, show_default=True, help="Calibration samples to use.")
 @click.option(
     "--eval",
     "metric",
@@ -148,14 +146,6 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Batch sizes to time; empty for no timing.",
 )
 @click.option("--threads", default=1, show_default=True, help="Threads of the runtime while timing.")
-@click.option(
-    "--max-memory",
-    default="2GB",
-    show_default=True,
-    metavar="SIZE",
-    help="Memory for activations while calibrating; the rest goes to disk. Gradients (prune_chita) must fit.",
-)
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], trust: bool, recipe: str, output: str | None,
@@ -173,18 +163,18 @@ def run(
         raise InputSpecError(
             "--max-drop was given without --eval", fix="add --eval module:callable, your metric"
         )
-    sizes = _integers("--batch-sizes", batch_sizes)
+    sizes = integers("--batch-sizes", batch_sizes)
     if min_speedup is not None and not sizes:
         raise InputSpecError("--min-speedup needs a timing", fix="give at least one batch size")
-    memory, norm = _bytes(max_memory), _mean_std(normalize)
+    memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)
     target = target or target_of(output or "")
     stem = f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}"
     path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
     check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, metric))
     eval_fn = resolve_callable(metric, what="--eval") if metric else None
-    with _Watching(quiet) as progress:
+    with Watching(quiet) as progress:
         progress.start("capture", 0)
-        result = _trusting(
+        result = trusting(
             lambda trusted: compress.run(
                 source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
                 tokenizer=tokenizer, normalize=norm, samples=samples, max_memory=memory, progress=progress,
@@ -238,26 +228,54 @@ def recipes(schema: bool, name: str | None) -> None:
         table = Table("recipe", "what it does", box=None, pad_edge=False)
         for recipe in RECIPES.values():
             table.add_row(recipe.name, str(recipe.metadata.get("description", "")))
-        _stdout.print(table)
+        STDOUT.print(table)
 
 
 @cli.command()
 @_source_options
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Compress each layer alone, by several methods, and measure the damage; give --calibration.",
+)
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the sensitivity: .svg, .png or .pdf.",
+)
+@_data_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool, as_json: bool) -> None:
-    """Show what MODEL is and which layers it has.
+def inspect(
+    source: str, model: str | None, inputs: tuple[str, ...], trust: bool, sensitivity: bool,
+    picture: Path | None, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
+    max_memory: str, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what MODEL is and which layers it has; with --sensitivity, what they tolerate.
 
     Files of weights alone need --model and --input for the layers.
     """
     import compress
+    from compress.examples import first_sample
+    from compress.picture import check
     from compress.report import size_words
     from compress.sniff import sniff
 
+    for option, value in (("--plot", picture), ("--calibration", calibration)):
+        if value is not None and not sensitivity:
+            raise InputSpecError(f"{option} was given without --sensitivity", fix="add --sensitivity")
+    if picture is not None:
+        check(picture)
+    memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)
     found = sniff(Path(source))
     data: dict[str, Any] = {"kind": found.kind.value, "detail": found.detail}
+    example, items = None, None
+    if calibration is not None:
+        example, items = first_sample(calibration, source) if not inputs else (None, calibration)
     try:
-        graph = _trusting(
-            lambda ok: compress.capture(source, inputs=inputs, model=model, trust=ok), trust, None
+        graph = trusting(
+            lambda ok: compress.capture(source, example, inputs=inputs, model=model, trust=ok), trust, None
         )
     except CompressError as error:
         if as_json:
@@ -265,6 +283,16 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
         else:
             click.echo(f"{source}: {found.kind.value} ({found.detail})")
         raise
+    profile = None
+    if sensitivity:
+        with Watching(as_json) as progress:
+            profile = compress.profile(
+                graph, calibration=items, tokenizer=tokenizer, normalize=norm, samples=samples, seed=seed,
+                max_memory=memory, progress=progress,
+            )  # fmt: skip
+        data["sensitivity"] = profile.as_dict()
+        if picture is not None:
+            profile.plot(picture)
     data["parameters"] = graph.parameters
     data["bytes"] = graph.nbytes
     data["inputs"] = [str(spec) for spec in graph.inputs]
@@ -293,11 +321,15 @@ def inspect(source: str, model: str | None, inputs: tuple[str, ...], trust: bool
         for n in shape:
             total *= n
         table.add_row(s.name, s.kind, "x".join(map(str, shape)), f"{total:,}")
-    _stdout.print(table)
+    STDOUT.print(table)
     for alias, name in data["tied"].items():
         click.echo(f"tied: {alias} is {name}")
     if data["other_weights"]:
         click.echo(f"left as they are (no supported operator reads them): {', '.join(data['other_weights'])}")
+    if profile is not None:
+        _show_profile(profile)
+        if picture is not None:
+            click.echo(f"drew {picture}")
 
 
 @cli.command()
@@ -323,7 +355,7 @@ def doctor() -> None:
         "torch": "", "numpy": "", "safetensors": "",
         "onnx": "onnx", "onnx-ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx",
         "transformers": "hf", "tokenizers": "hf", "pillow": "images", "triton": "triton",
-        "tensorrt-rtx-cu13-bindings": "tensorrt",
+        "matplotlib": "plot", "tensorrt-rtx-cu13-bindings": "tensorrt",
     }  # fmt: skip
     table = Table("package", "version", "", box=None, pad_edge=False)
     missing = []
@@ -333,7 +365,7 @@ def doctor() -> None:
         except PackageNotFoundError:
             missing.append(extra)
             table.add_row(package, "missing", f"pip install 'compress-models[{extra}]'")
-    _stdout.print(table)
+    STDOUT.print(table)
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -344,67 +376,6 @@ def doctor() -> None:
 
 
 # -- pieces ---------------------------------------------------------------------------------------
-
-
-class _Watching:
-    """A rich progress bar on stderr with a time estimate for each stage; silent when piped."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[layer]}"),
-            console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal,
-        )  # fmt: skip
-        self._task: Any = None
-
-    def __enter__(self) -> _Watching:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def pause(self) -> None:
-        self._bar.stop()
-
-    def resume(self) -> None:
-        self._bar.start()
-
-    def start(self, title: str, total: int) -> None:
-        self.finish()
-        self._task = self._bar.add_task(title, total=total or None, layer="")
-
-    def step(self, name: str) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, advance=1, layer=name)
-
-    def finish(self) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-
-
-def _trusting(call: Callable[[bool], Any], trust: bool, progress: _Watching | None) -> Any:
-    """Make the call; where trust is what is missing and somebody is there to ask, ask."""
-    try:
-        return call(trust)
-    except UntrustedFileError as error:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise
-        if progress:
-            progress.pause()
-        click.echo(str(error), err=True)
-        try:
-            agreed = click.confirm("Load it anyway?", default=False, err=True)
-        except click.Abort:
-            click.echo(err=True)  # the question has not ended its line
-            raise
-        if not agreed:
-            # the reasons stand above the question already
-            raise UntrustedFileError("the file was not loaded, as you said no") from None
-        if progress:
-            progress.resume()
-        return call(True)
 
 
 def _stored_results(verification: Any) -> dict[str, Any]:
@@ -432,7 +403,7 @@ def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None
         table.add_column("")
         for row in report.table():
             table.add_row(*row)
-        _stdout.print(table)
+        STDOUT.print(table)
         for name, site, reason in report.notes():
             click.echo(f"{name}: {site + ': ' if site else ''}{reason}")
         for warning in report.warnings:
@@ -449,6 +420,28 @@ def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None
     click.echo(report.headline())
 
 
+def _show_profile(profile: Any) -> None:
+    """A table of ranks, and one of damages for each method."""
+    click.echo("\neffective rank: of the weight, and of its outputs on the data")
+    names = list(dict.fromkeys(name for layer in profile.layers for name in layer.ranks))
+    table = Table("layer", *names, box=None, pad_edge=False)
+    for layer in profile.layers:
+        table.add_row(layer.name, *(f"{layer.ranks[n]:.1f}" if n in layer.ranks else "" for n in names))
+    STDOUT.print(table)
+    points = [(layer.name, point) for layer in profile.layers for point in layer.points]
+    for method in dict.fromkeys(point.method for _, point in points):
+        click.echo(f"\n{method}: {profile.unit}")
+        mine = {(name, p.setting): p.damage for name, p in points if p.method == method}
+        settings = list(dict.fromkeys(setting for _, setting in mine))
+        table = Table("layer", *settings, box=None, pad_edge=False)
+        for name in dict.fromkeys(name for name, _ in mine):
+            table.add_row(name, *(f"{mine[name, s]:.3g}" if (name, s) in mine else "" for s in settings))
+        STDOUT.print(table)
+    for note in profile.notes:
+        click.echo(f"{note.site}: {note.reason}")
+    click.echo(f"\n{profile.depth()}")
+
+
 def _check_goals(verification: Any, max_drop: float | None, min_speedup: float | None) -> None:
     """Raise GoalMissed; the file stays, it is right, only not good enough."""
     if max_drop is not None:
@@ -462,42 +455,6 @@ def _check_goals(verification: Any, max_drop: float | None, min_speedup: float |
                 f"the file is {first.speedup:.2f} times as fast as the float export",
                 expected=f"at least --min-speedup {min_speedup:g}",
             )
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        values = [0]
-    if any(v < 1 for v in values):
-        raise InputSpecError(f"{option} is {text!r}", expected='positive numbers, as in "1,8,32"')
-    return values
-
-
-def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
-    number = text.strip().upper()
-    unit = number.lstrip("0123456789. ")
-    try:
-        value = int(float(number.removesuffix(unit)) * units[unit])
-    except (ValueError, KeyError):
-        value = 0
-    if value <= 0:
-        raise InputSpecError(f"--max-memory is {text!r}", expected='a size such as "4GB" or "500MB"')
-    return value
-
-
-def _mean_std(text: str | None) -> tuple[list[float], list[float]] | None:
-    if text is None:
-        return None
-    try:
-        mean, std = ([float(x) for x in part.split(",")] for part in text.split("/"))
-    except ValueError:
-        raise InputSpecError(
-            f"--normalize is {text!r}",
-            expected='mean and std per channel, as in "0.5,0.5,0.5/0.25,0.25,0.25"',
-        ) from None
-    return mean, std
 
 
 def main() -> NoReturn:

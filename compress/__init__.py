@@ -7,7 +7,7 @@ print(compress.verify(artifact, result.reference))
 
 from __future__ import annotations
 
-from compress.api import Result, export, load, random_masks, run, sparse_train, verify
+from compress.api import Result, export, load, profile, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
@@ -17,6 +17,7 @@ from compress.errors import CompressError
 from compress.graph import Graph, Site
 from compress.inputs import InputSpec
 from compress.pipeline import Change, Context, Note, Pass, PassResult, Pipeline
+from compress.profile import Profile
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.sparse import FixedMasks
@@ -40,6 +41,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Pipeline",
+    "Profile",
     "Recipe",
     "Report",
     "Result",
@@ -48,6 +50,7 @@ __all__ = [
     "capture",
     "export",
     "load",
+    "profile",
     "random_masks",
     "run",
     "sparse_train",

@@ -23,6 +23,8 @@ from compress.examples import first_sample
 from compress.graph import Graph
 from compress.inputs import InputSpec
 from compress.pipeline import Context, Pass, Pipeline
+from compress.profile import Profile
+from compress.profile import profile as profile_graph
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
 from compress.recipes import RECIPES, named
@@ -211,6 +213,43 @@ def random_masks(
         name: keep_count(torch.rand(weight.shape, generator=generator, dtype=torch.float64), count)
         for (name, weight), count in zip(weights.items(), counts, strict=True)
     }
+
+
+def profile(
+    source: Source,
+    *,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    seed: int = 0,
+    inputs: Sequence[str | InputSpec] = (),
+    model: str | Callable[[], torch.nn.Module] | None = None,
+    trust: bool = False,
+    tokenizer: str | Path | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    samples: int = 512,
+    max_memory: int = 2 << 30,
+    progress: Progress | None = None,
+) -> Profile:
+    """How sensitive each layer is: what compressing it alone does to the outputs, by method and size.
+
+    Batch normalisation is folded first, as recipes do.
+
+    Args:
+        source, example_inputs, calibration, seed, inputs, model, trust, tokenizer, normalize, samples,
+            max_memory, progress: as for `run`.
+
+    Raises:
+        CompressError: as for `run`.
+    """
+    from compress.passes.cleanup import Cleanup
+    from compress.passes.solvers.drafts import drafts, ranks
+
+    if example_inputs is None and not inputs and calibration is not None and not isinstance(source, Graph):
+        example_inputs, calibration = first_sample(calibration, source)
+    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust)
+    data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
+    graph = Cleanup.model_validate({}).apply(reference, Context(reference)).graph
+    return profile_graph(graph, drafts, ranks, data, max_memory=max_memory, progress=progress)
 
 
 def export(

@@ -17,14 +17,14 @@ from torch import Tensor, fx
 
 from compress.chain import Chain
 from compress.data import CalibrationData
-from compress.encoding import EncodedWeight
+from compress.encoding import Encoded
 from compress.errors import PassError
 from compress.graph import Graph
 from compress.pipeline import example_inputs
 from compress.progress import Progress, Silent
 
 Measure = Literal["kl", "error"]
-Replacement = Tensor | EncodedWeight | Chain
+Replacement = Tensor | Encoded | Chain
 
 _SAME_ENTRIES = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.squeeze.dim,

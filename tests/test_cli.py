@@ -219,6 +219,27 @@ def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [layer["name"] for layer in data["layers"]] == ["conv1", "depthwise", "grouped", "fc1", "fc2"]
 
 
+def test_sensitivity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="needs the plot extra")
+    words = ("inspect", "model.pt", "-m", "net.py:build", "--sensitivity")
+    code, out, _ = compress(*words, "-c", "data.npz", "--samples", "16", "--plot", "s.svg", capsys=capsys)
+    assert code == 0 and (folder / "s.svg").exists()
+    for said in ("1/4 of the parameters", "4 bits", "entropy of the outputs", "divergence", "depth"):
+        assert said in out
+    code, out, _ = compress(*words, "-i", "1,3,12,12", "--json", capsys=capsys)
+    data = json.loads(out)
+    assert code == 0 and data["sensitivity"]["measure"] == "weights"
+    assert [layer["name"] for layer in data["sensitivity"]["layers"]] == [s["name"] for s in data["layers"]]
+    for bad, says in (
+        (("--plot", "s.svg"), "without --sensitivity"),
+        (("-c", "data.npz"), "add --sensitivity"),
+    ):
+        code, _, err = compress(*words[:-1], "-i", "1,3,12,12", *bad, capsys=capsys)
+        assert code == 2 and says in err
+    code, _, err = compress(*words, "-i", "1,3,12,12", "--plot", "s.doc", capsys=capsys)
+    assert code == 2 and "is no picture" in err
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = compress("doctor", capsys=capsys)
     assert code == 0

@@ -62,6 +62,11 @@ class Spectrum:
         return right / size.unsqueeze(1), left * size
 
     @property
+    def stable_rank(self) -> float:
+        """``|W|_F^2 / sigma_1^2``."""
+        return float(self.energies.sum() / self.energies[0].clamp_min(1e-300))
+
+    @property
     def effective_rank(self) -> float:
         """``exp(- sum p log p)``, p the singular values as fractions of their sum (Roy and Vetterli 2007)."""
         values = self.energies.sqrt()
