@@ -12,6 +12,7 @@ from compress.artifact import Artifact, Verification
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight
+from compress.cores import CoreEncoding, CoreWeight
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError
 from compress.graph import Graph, Site
@@ -31,6 +32,8 @@ __all__ = [
     "CodebookWeight",
     "CompressError",
     "Context",
+    "CoreEncoding",
+    "CoreWeight",
     "Encoded",
     "EncodedWeight",
     "FixedMasks",

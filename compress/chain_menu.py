@@ -26,6 +26,7 @@ class ChainOption:
         bound: an upper bound of it, by singular values.
         damage: of the model's outputs.
         latency: milliseconds, where they were measured.
+        stored: the form is for storage: it is contracted to the dense weight where it is used.
     """
 
     form: Any
@@ -37,6 +38,7 @@ class ChainOption:
     bound: float = 0.0
     damage: float = 0.0
     latency: float = 0.0
+    stored: bool = False
 
 
 @dataclass

@@ -42,6 +42,7 @@ from torch.utils import _pytree as pytree
 import compress.activations  # noqa: F401 - registers operators
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.codebook import CodebookEncoding, CodebookWeight
+from compress.cores import CoreEncoding, CoreWeight
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError, ModelFileError
 from compress.graph import Graph
@@ -57,6 +58,7 @@ _ENCODINGS: dict[str, tuple[type[Any], type[Any]]] = {
     "integers": (IntEncoding, EncodedWeight),
     "codebook": (CodebookEncoding, CodebookWeight),
     "bitmap": (BitmapEncoding, BitmapWeight),
+    "cores": (CoreEncoding, CoreWeight),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
@@ -413,7 +415,9 @@ def _weight(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         for field in dataclasses.fields(weight)
         if field.name in ("codes", "scales", "zero_points", "table", "values")
     }
-    if any(tensor is None for part, tensor in parts.items() if part != "zero_points"):
+    missing = {part for part, tensor in parts.items() if tensor is None}
+    optional = {field.name for field in dataclasses.fields(weight) if field.default is None} | {"zero_points"}
+    if missing - optional:
         raise ValueError(f"{name} is not complete")
     made: Encoded = weight(
         encoding=encoding(**about["options"]),

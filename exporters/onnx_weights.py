@@ -385,7 +385,7 @@ class Builder:
         inputs: list[ir.Value],
         name: str,
         domain: str = "",
-        **attributes: int | str,
+        **attributes: int | str | list[int],
     ) -> ir.Value:
         new = ir.node(op, inputs, attributes=attributes, domain=domain, name=name)
         new.outputs[0].name = f"{name}_out"

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from compress.artifact import Artifact, Lowered
 from compress.bitmap import BitmapWeight
 from compress.codebook import CodebookWeight
+from compress.cores import CoreWeight
 from compress.encoding import EncodedWeight
 from compress.errors import ExportError, MissingExtra
 from compress.exporters.onnx_activations import translations
@@ -68,7 +69,7 @@ class OnnxExporter:
                     "which ONNX Runtime has no CPU kernels; convert the module with .float() first"
                 )
         for name, encoded in graph.encodings.items():
-            if not isinstance(encoded, EncodedWeight | CodebookWeight | BitmapWeight):
+            if not isinstance(encoded, EncodedWeight | CodebookWeight | BitmapWeight | CoreWeight):
                 reasons.append(f"{name} is encoded as {encoded.encoding}, which has no ONNX form")
         if graph.submodules:
             reasons.append("the model holds sub-graphs (torch.cond or similar), which are not written yet")
@@ -142,6 +143,7 @@ def build_model(
 
     from compress.exporters.onnx_bitmap import lower_bitmaps
     from compress.exporters.onnx_codebook import lower_codebooks
+    from compress.exporters.onnx_cores import lower_cores
     from compress.exporters.onnx_forms import faster_forms
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
 
@@ -161,7 +163,8 @@ def build_model(
     integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
     codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
     bitmaps = {name: weight for name, weight in encoded if isinstance(weight, BitmapWeight)}
-    lowered = lower_weights(model, integers, fold_below=fold_below)
+    cores = {name: weight for name, weight in encoded if isinstance(weight, CoreWeight)}
+    lowered = lower_weights(model, integers, fold_below=fold_below) + lower_cores(model, cores)
     lowered += lower_codebooks(model, codebooks) + lower_bitmaps(model, bitmaps)
     if faster:
         faster_forms(model)

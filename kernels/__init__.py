@@ -7,6 +7,7 @@ there is one, the device kernel behind the operator.
 from __future__ import annotations
 
 OPS: dict[str, str] = {
+    "contract_cores": "compress::contract_cores",
     "dequantize": "compress::dequantize",
     "dequantize_codebook": "compress::dequantize_codebook",
     "expand_bitmap": "compress::expand_bitmap",

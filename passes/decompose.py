@@ -29,15 +29,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from compress.calibration import Statistics, Update, output_error, sweep
-from compress.chain import Chain
+from compress.chain import Chain, MatrixProduct
 from compress.chain_menu import ChainMenu, ChainOption
+from compress.cores import CoreWeight
 from compress.errors import PassError
 from compress.graph import Graph, Site
 from compress.layers import alone, put
 from compress.menu import Latency, Size, parse_latency, parse_size
 from compress.passes.quantize_weights import least_squares_target, mean_shift
 from compress.passes.solvers.alds import minimax
-from compress.passes.solvers.allocate import allocate, isotonic
+from compress.passes.solvers.allocate import allocate, monotone
 from compress.passes.solvers.forms import Decomposer, Form, Method
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import Damage, held_out, sample
@@ -52,8 +53,6 @@ _LARGE = 1 << 21
 """Weights of a layer up to which `auto` tries matrix product operators."""
 _AGAIN = 10
 """Layers measured again around the first solution."""
-_RUINED = 1e12
-"""Damage of outputs that are no longer finite."""
 
 
 class Decompose(Pass):
@@ -88,6 +87,11 @@ class Decompose(Pass):
         "uniform: the same reduction in each layer",
     )
     rank_multiple: int = Field(8, ge=1, description="ranks are multiples of it")
+    storage: bool = Field(
+        False,
+        description="mpo and kronecker: store the cores of layers that as chains would take more operations "
+        "than dense ones, and contract them when the model is loaded: smaller, as fast as dense",
+    )
     bias_correction: bool = Field(
         True,
         description="let the bias take the mean of the error, given calibration data; adds a missing bias",
@@ -119,6 +123,10 @@ class Decompose(Pass):
             raise ValueError(f"there is no error bound for {self.method}; choose another allocation")
         if self.allocation != "damage" and (self.flop_reduction or self.max_latency):
             raise ValueError(f"allocation: {self.allocation} knows sizes only; leave the other budget out")
+        if self.storage and self.method not in ("mpo", "kronecker"):
+            raise ValueError("storage is about matrix products; give method: mpo or kronecker")
+        if self.storage and (self.flop_reduction or self.max_latency):
+            raise ValueError("what is stored as cores is as fast as dense; leave storage or that budget out")
         return self
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -234,7 +242,10 @@ class Decompose(Pass):
             )
         for form in forms:
             option = layer.option(form, decomposer.hollow(form))
-            if option.parameters >= dense.parameters or option.operations >= dense.operations:
+            if self.storage and option.operations >= dense.operations:
+                option.stored, option.operations = True, dense.operations
+            slower = option.operations >= dense.operations and not option.stored
+            if option.parameters >= dense.parameters or slower:
                 layer.declined = "no form has both fewer parameters and fewer operations"
                 continue
             if measured:
@@ -279,14 +290,10 @@ class Decompose(Pass):
         self, graph: Graph, problem: _Problem, choice: Sequence[int], context: Context
     ) -> tuple[Graph, list[Change]]:
         """The one sequential sweep, and chains in the places of layers."""
-        forms = {
-            layer.site.weight: form
-            for layer, option in zip(problem.layers, choice, strict=True)
-            if (form := layer.options[option].form) is not None
-        }
-        sites = [layer.site for layer in problem.layers if layer.site.weight in forms]
+        chosen = {m.site.weight: m.options[o] for m, o in zip(problem.layers, choice, strict=True)}
+        sites = [m.site for m in problem.layers if chosen[m.site.weight].form is not None]
         corrected = {s.weight for s in sites if self.bias_correction and graph.owns_bias(s)}
-        chains: dict[str, Chain] = {}
+        forms: dict[str, Chain | CoreWeight] = {}
         changes: list[Change] = []
         context.progress.start("decompose: decomposing in the chosen forms", len(sites))
 
@@ -295,12 +302,14 @@ class Decompose(Pass):
             if statistics is not None and site.weight in corrected:
                 centred = statistics.centred
             H = None if centred is None or centred.H is None else centred.H[0]
-            chain = (
-                Decomposer(least_squares_target(weight, centred), H).fit(forms[site.weight]).to(weight.dtype)
-            )
+            target = least_squares_target(weight, centred)
+            chain = Decomposer(target, H).fit(chosen[site.weight].form).to(weight.dtype)
             new = chain.decode()
-            chains[site.weight] = chain
-            changes.append(_change(site, weight, chain, output_error(weight, new, centred)))
+            forms[site.weight] = chain
+            if isinstance(chain, MatrixProduct) and chosen[site.weight].stored:
+                forms[site.weight] = CoreWeight.of(chain)
+            error = output_error(weight, new, centred)
+            changes.append(_change(site, weight, forms[site.weight], error))
             shift = None
             if statistics is not None and site.weight in corrected:
                 shift = mean_shift(weight, new, statistics)
@@ -308,20 +317,24 @@ class Decompose(Pass):
 
         result = context.sweep(graph, sites, visit, frozenset({"diag", "H", "G", "mean", "held_out"}))
         for site in sites:
-            put(result, site, chains[site.weight])
+            made = forms[site.weight]
+            if isinstance(made, CoreWeight):
+                result.set_encoding(site.weight, made)
+            else:
+                put(result, site, made)
         return result, changes
 
 
-def _change(site: Site, weight: Tensor, chain: Chain, error: float) -> Change:
+def _change(site: Site, weight: Tensor, form: Chain | CoreWeight, error: float) -> Change:
     before = weight.numel() * weight.element_size()
     return Change(
         site=site.name,
         weight=site.weight,
-        action=str(chain),
-        bits=8 * chain.nbytes / weight.numel(),
+        action=str(form),
+        bits=8 * form.nbytes / weight.numel(),
         sparsity=0.0,
         bytes_before=before,
-        bytes_after=chain.nbytes,
+        bytes_after=form.nbytes,
         error=error,
     )
 
@@ -504,7 +517,4 @@ class _Problem:
 
 def _monotone(options: Sequence[ChainOption], damages: Sequence[float]) -> list[float]:
     """Damages without the noise that makes them rise where the layer's error falls."""
-    damages = [d if math.isfinite(d) else _RUINED for d in damages]
-    order = sorted(range(len(options)), key=lambda i: -options[i].error)
-    clean = isotonic([damages[i] for i in order])
-    return [clean[order.index(i)] for i in range(len(options))]
+    return monotone(damages, sorted(range(len(options)), key=lambda i: -options[i].error))

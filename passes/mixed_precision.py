@@ -4,7 +4,7 @@
    that the final weights get: rounding without them misranks layers at 2 and 3 bits.
 2. The damage of each is measured on samples held out from 1: the model runs with that one layer quantized,
    and its outputs are compared (`compress.sensitivity`). To first order damages add up; that one rises with
-   precision can only be noise, which is removed (`isotonic`).
+   precision can only be noise, which is removed (`monotone`).
 3. The allocator finds the formats of least summed damage within the budget
    (`compress.passes.solvers.allocate`). Linear layers that read the same input (q, k and v; gate and up) get
    the same one, as runtimes fuse them.
@@ -43,7 +43,7 @@ from compress.menu import (
     parse_size,
 )
 from compress.passes.quantize_weights import Quantizer, quantized
-from compress.passes.solvers.allocate import allocate, isotonic
+from compress.passes.solvers.allocate import RUINED, allocate, monotone
 from compress.passes.solvers.compose import Method, Scales
 from compress.passes.solvers.policy import policy_search
 from compress.pipeline import Change, Context, Note, Pass, PassResult
@@ -53,8 +53,6 @@ _MEASURED = 200
 """Weights up to which every format is measured; beyond, one is, and the others are scaled from it."""
 _AGAIN = 10
 """Layers measured again around the first solution."""
-_RUINED = 1e12
-"""Damage of outputs that are no longer finite."""
 
 
 class MixedPrecision(Pass):
@@ -374,7 +372,7 @@ class Problem:
             context.progress.step("")
             if self.damage is None:
                 return sum(layer.damages[o] for layer, o in zip(self.layers, choice, strict=True))
-            return min(self.damage.of(self.at(choice)), _RUINED)
+            return min(self.damage.of(self.at(choice)), RUINED)
 
         costs = [layer.costs for layer in self.layers]
         smallest = [row.index(min(row)) for row in costs]
@@ -466,11 +464,9 @@ def _measure(graph: Graph, layers: Sequence[Menu], damage: Damage, context: Cont
 
 def _monotone(layer: Menu, damages: Sequence[float]) -> list[float]:
     """Damages above that of float, without the noise that makes them rise with precision."""
-    damages = [d if math.isfinite(d) else _RUINED for d in damages]
     base = next((d for d, f in zip(damages, layer.formats, strict=True) if f is None), 0.0)
-    order = layer.by_precision()
-    clean = isotonic([damages[option] - base for option in order])
-    return [clean[order.index(option)] for option in range(len(order))]
+    base = base if math.isfinite(base) else 0.0
+    return monotone([d - base for d in damages], layer.by_precision())
 
 
 def _measured_again(

@@ -118,6 +118,24 @@ def isotonic(damages: Sequence[float]) -> list[float]:
     return [max(mean, 0.0) for mean, count in pools for _ in range(count)]
 
 
+RUINED = 1e12
+"""Damage that counts for one that is not finite."""
+
+
+def monotone(damages: Sequence[float], order: Sequence[int]) -> list[float]:
+    """Measured damages of an item's options without their noise.
+
+    Args:
+        damages: of each option; what is not finite counts as `RUINED`.
+        order: options from the one that should do most damage to the one that should do least.
+
+    >>> monotone([1.0, 2.0, 4.0], order=[2, 0, 1])
+    [1.5, 1.5, 4.0]
+    """
+    clean = isotonic([damages[option] if math.isfinite(damages[option]) else RUINED for option in order])
+    return [clean[order.index(option)] for option in range(len(order))]
+
+
 # -- the problem as arrays ------------------------------------------------------------------------
 
 

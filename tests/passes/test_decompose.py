@@ -316,6 +316,8 @@ def test_budgets_that_cannot_be_met() -> None:
         ({"parameter_reduction": 0.5, "flop_reduction": 0.5, "allocation": "uniform"}, "knows sizes only"),
         ({"max_latency": "soon"}, "no latency"),
         ({"parameter_reduction": 0.5, "method": "cp", "allocation": "minimax"}, "no error bound"),
+        ({"parameter_reduction": 0.5, "storage": True}, "about matrix products"),
+        ({"flop_reduction": 0.5, "method": "mpo", "storage": True}, "as fast as dense"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:
@@ -400,6 +402,49 @@ def test_recipes(name: str, tmp_path: Any) -> None:
     assert bool(result.graph.encodings) == coded
     path = compress.export(result.graph, tmp_path / "small.onnx", samples=result.samples).path
     assert path.stat().st_size < (0.15 if coded else 0.56) * graph.nbytes
+
+
+def test_cores_stored_and_contracted_at_load(tmp_path: Any) -> None:
+    """Balanced sites take fewer numbers and more operations: stored, they are a smaller file of dense speed.
+
+    The weights are sums of eight products of two 16x16 matrices, which as chains take as many operations as
+    dense layers, so without `storage` other sites have to do, and lose more.
+    """
+    pytest.importorskip("onnxruntime")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)]
+        for layer in (layers[0], layers[2]):
+            w = sum(torch.kron(torch.randn(16, 16), torch.randn(16, 16)) for _ in range(8))
+            assert isinstance(w, Tensor) and isinstance(layer, nn.Linear)
+            layer.weight.data = w / 40
+        data, unseen = torch.randn(300, 256), torch.randn(100, 256)
+    graph = compress.capture(nn.Sequential(*layers).eval(), (data[:2],))
+    options: dict[str, Any] = {"method": "mpo", "parameter_reduction": 0.9, "rank_multiple": 1}
+    results = {
+        stored: compress.run(graph, [Decompose(storage=stored, **options)], calibration=[data])
+        for stored in (True, False)
+    }
+    lost = {}
+    for stored, result in results.items():
+        (a,), (b,) = graph.run([unseen]), result.graph.run([unseen])
+        lost[stored] = float((a - b).square().sum() / a.square().sum())
+    result = results[True]
+    assert lost[True] < 0.01 and lost[False] > 20 * lost[True]
+    assert sorted(result.graph.encodings) == ["0.weight", "2.weight"] and not results[False].graph.encodings
+    assert all(c.action.endswith("of 16x16, 16x16, stored") for c in result.report.passes[0].changes)
+    assert result.graph.nbytes < 0.11 * graph.nbytes
+    artifact = compress.export(result.graph, tmp_path / "cores.onnx", samples=result.samples)
+    assert artifact.nbytes < 0.13 * graph.nbytes and artifact.proof_db > 60
+    found = compress.verify(artifact, graph, samples=result.samples, batch_sizes=())
+    assert not found.unfused  # contracted once, when the file is loaded
+    healed = Recover(epochs=1, loss="mse").apply(
+        result.graph, Context(graph, load_calibration([data], inputs=graph.inputs))
+    )
+    assert any(c.action.endswith("trained") for c in healed.changes)
+    path = compress.export(healed.graph, tmp_path / "cores.safetensors", "torch").path
+    again = compress.load(path)
+    assert torch.allclose(again(unseen), healed.graph.run([unseen])[0], atol=1e-4)
 
 
 def test_matrix_products_in_a_file(tmp_path: Any) -> None:

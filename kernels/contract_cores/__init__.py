@@ -1,0 +1,1 @@
+"""`compress::contract_cores`: the cores of a matrix product operator to a float weight."""
