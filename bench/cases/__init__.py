@@ -123,6 +123,19 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "vq_logits",
+            "output heads: VQ-logits by codes and training, beside integers, tiers and two stages; time",
+            "bench.cases.vq_logits:run",
+            (
+                "package:tokenizers",
+                "package:onnxruntime",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
             "weights",
             "weight-only quantization at 4, 3 and 2 bits beside Brevitas and Neural Compressor",
             "bench.cases.weights:run",
