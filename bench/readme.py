@@ -103,6 +103,16 @@ PRUNED = (
 
 _SPARSITIES = (50, 60, 70, 80, 90)
 
+DECOMPOSED = (
+    ("SVD, the same reduction in each layer", "SVD, uniform"),
+    ("Tucker-2, the same", "Tucker-2, uniform"),
+    ("ALDS (equal error bounds)", "ALDS"),
+    ("**decompose**", "ours"),
+)
+"""Rows of the table of decomposition: what, and how the measurements call it."""
+
+_REDUCTIONS = (30, 40, 50, 60, 70)
+
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The lines between the comments, comments included.
@@ -134,6 +144,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             {m["name"]: m["value"] for m in results["chita"]["measurements"]},
         ),
         "`python bench/run.py chita` repeats it.",
+        "",
+        *_decomposition(results["decompose"]),
+        "",
+        "Percent of 1,000 test images; 512 images to measure with; no training.",
+        "`python bench/run.py decompose` repeats it.",
     ]
     return "\n".join([_BEGIN, *lines, _END])
 
@@ -184,9 +199,21 @@ def _pruning(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _decomposition(found: dict[str, Any]) -> list[str]:
+    values = {m["name"]: m["value"] for m in found["measurements"]}
+    dense = values["ResNet-20: accuracy, dense"]
+    head = f"ResNet-20 decomposed ({dense:.1f} % dense), parameters"
+    lines = [f"| {head} | " + " | ".join(f"-{percent} %" for percent in _REDUCTIONS) + " |"]
+    lines.append("|---|" + "---:|" * len(_REDUCTIONS))
+    for what, name in DECOMPOSED:
+        cells = [f"{values[f'ResNet-20 -{percent} % {name}: accuracy']:.1f}" for percent in _REDUCTIONS]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The results of the cases the tables show."""
-    cases = {"chita", "weights", *(row.case for row in ROWS)}
+    cases = {"chita", "decompose", "weights", *(row.case for row in ROWS)}
     return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
 
 
