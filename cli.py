@@ -252,9 +252,9 @@ def inspect(
     picture: Path | None, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
     max_memory: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what MODEL is and which layers it has; with --sensitivity, what they tolerate.
+    """Show what MODEL is and which layers it has.
 
-    Files of weights alone need --model and --input for the layers.
+    With --sensitivity also what each of them tolerates. Files of weights alone need --model and --input for the layers.
     """
     import compress
     from compress.examples import first_sample
