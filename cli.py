@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from rich.table import Table
 
 from compress.console import STDOUT, Watching, integers, mean_and_std, size_in_bytes, trusting
@@ -231,6 +232,10 @@ def recipes(schema: bool, name: str | None) -> None:
         STDOUT.print(table)
 
 
+_FOR_SENSITIVITY = ("picture", "calibration", "tokenizer", "normalize", "samples", "max_memory", "seed")
+"""Options of `inspect` that mean nothing without --sensitivity."""
+
+
 @cli.command()
 @_source_options
 @click.option(
@@ -254,7 +259,8 @@ def inspect(
 ) -> None:  # fmt: skip
     """Show what MODEL is and which layers it has.
 
-    With --sensitivity also what each of them tolerates. Files of weights alone need --model and --input for the layers.
+    With --sensitivity also what each of them tolerates. Files of weights alone need --model and --input
+    for the layers.
     """
     import compress
     from compress.examples import first_sample
@@ -262,9 +268,11 @@ def inspect(
     from compress.report import size_words
     from compress.sniff import sniff
 
-    for option, value in (("--plot", picture), ("--calibration", calibration)):
-        if value is not None and not sensitivity:
-            raise InputSpecError(f"{option} was given without --sensitivity", fix="add --sensitivity")
+    context = click.get_current_context()
+    for option in context.command.params if not sensitivity else ():
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in _FOR_SENSITIVITY:
+            raise InputSpecError(f"{option.opts[0]} was given without --sensitivity", fix="add --sensitivity")
     if picture is not None:
         check(picture)
     memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)

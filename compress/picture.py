@@ -37,7 +37,20 @@ def draw(profile: Profile, path: Path) -> Path:
     """
     check(path)
     matplotlib = _matplotlib()
-    matplotlib.rcParams["svg.hashsalt"] = "compress"
+    # the same salt and no date: the same profile is the same file
+    with matplotlib.rc_context({"svg.hashsalt": "compress"}):
+        figure = _figure(profile, matplotlib)
+        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            figure.savefig(part, dpi=120, format=path.suffix[1:], metadata=undated)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _figure(profile: Profile, matplotlib: Any) -> Any:
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(p.method for layer in profile.layers for p in layer.points))
@@ -55,9 +68,7 @@ def draw(profile: Profile, path: Path) -> Path:
     for axis in axes[count:]:
         axis.remove()
     figure.suptitle(f"{profile.unit}\n{profile.depth()}", fontsize=9)
-    # without a date the same profile is the same file
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return path
+    return figure
 
 
 def _ranks(axis: Any, profile: Profile, colours: Any, last: int) -> None:

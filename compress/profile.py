@@ -134,9 +134,12 @@ class Profile:
 
         A correlation that chance would exceed in one of twenty models without a trend counts for none.
         """
-        trends = [t for t in self.trends() if math.isfinite(t.correlation)]
-        if not trends:
+        every = self.trends()
+        if not every:
             return f"too few layers (under {_FEW}) to say whether deeper ones tolerate more"
+        trends = [t for t in every if math.isfinite(t.correlation)]
+        if not trends:
+            return "all layers tolerate the same"
         middle = statistics.median(t.correlation for t in trends)
         count = max(t.layers for t in trends)
         said = "depth does not tell what a layer tolerates"
@@ -186,7 +189,8 @@ def profile(
         graph: not changed.
         drafts, ranks: of a weight.
         data: samples, some of which are held out.
-        max_memory: bytes of activations kept in memory, and of drafts.
+        max_memory: bytes of activations kept in memory, and of low-rank drafts; those of integers and bitmaps
+            are in memory besides, about twice the model.
         progress: told about every layer.
     """
     progress = progress or Silent()

@@ -233,6 +233,7 @@ def test_sensitivity(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for bad, says in (
         (("--plot", "s.svg"), "without --sensitivity"),
         (("-c", "data.npz"), "add --sensitivity"),
+        (("--samples", "16"), "--samples was given without --sensitivity"),
     ):
         code, _, err = compress(*words[:-1], "-i", "1,3,12,12", *bad, capsys=capsys)
         assert code == 2 and says in err

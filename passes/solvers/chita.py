@@ -115,27 +115,23 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     """
     if block == "row":
         return tuple(_rows(problem, i, mask)[0] for i, mask in enumerate(masks))
-    return joint_solutions(problem, masks, [(problem.ridge, 1.0)])[0]
+    return next(joint_solutions(problem, masks, [problem.ridge], [1.0]))
 
 
 def joint_solutions(
-    problem: Quadratic, masks: tuple[Tensor, ...], choices: Sequence[tuple[float, float]]
-) -> list[tuple[Tensor, ...]]:
-    """`back_solve` over all weights jointly, for several (ridge, factor of l) at little more than the cost
-    of one."""
+    problem: Quadratic, masks: tuple[Tensor, ...], ridges: Sequence[float], lengths: Sequence[float]
+) -> Iterator[tuple[Tensor, ...]]:
+    """`back_solve` over all weights jointly for each ridge, and for each of these with factors of l, at
+    little more than the cost of one."""
     removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
     missing = problem.times(removed).double()
     form = _by_weights if sum(int(m.sum()) for m in masks) < problem.samples else _by_samples
-    ridges = list(dict.fromkeys(ridge for ridge, _ in choices))
-    found = dict(zip(ridges, form(problem, masks, missing, ridges), strict=True))
-    solutions = []
-    for ridge, length in choices:
-        change, step = found[ridge]
-        total = change if step is None else _sum(change, step, -length)
-        solutions.append(
-            tuple(torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, total, strict=True))
-        )
-    return solutions
+    for change, step in form(problem, masks, missing, ridges):
+        for length in lengths:
+            total = change if step is None else _sum(change, step, -length)
+            yield tuple(
+                torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, total, strict=True)
+            )
 
 
 _Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]
@@ -229,15 +225,25 @@ def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = Fa
             change = torch.cholesky_solve(g.mT @ r, factor)
         if problem.linear is not None:
             linear = problem.linear[index][here].gather(1, place).mul_(valid).unsqueeze(2)
-            if n < width:
-                change -= (linear - g.mT @ torch.cholesky_solve(g @ linear, factor)).div_(ridge)
-            else:
-                change -= torch.cholesky_solve(n * linear, factor)
+            change -= _step(g, factor, linear, n, ridge)
         found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
         solution[here].scatter_(1, place, found)
         if saliencies:
             scores[here].scatter_(1, place, found.square() / (2 * _inverse_diagonal(g, factor, n, ridge)))
     return solution, scores
+
+
+def _step(g: Tensor, factor: Tensor, linear: Tensor, n: int, ridge: float) -> Tensor:
+    """``(g^T g / n + ridge I)^-1 l``: float32 ``[r, k, 1]`` for g ``[r, n, k]``."""
+    if n >= g.shape[2]:
+        return torch.cholesky_solve(n * linear, factor)
+
+    def approximately(v: Tensor) -> Tensor:
+        return (v - g.mT @ torch.cholesky_solve(g @ v, factor)).div_(ridge)
+
+    # of the part along the gradients little is left in the difference: once more, for what is missing
+    found = approximately(linear)
+    return found + approximately(linear - (g.mT @ (g @ found)).div_(n).add_(found, alpha=ridge))
 
 
 def _factor(matrices: Tensor, ridge: float) -> Tensor:
@@ -415,9 +421,12 @@ def solve(
         found = _BY[method](first, sparsity, scope)
     if linear is None or judge is None:
         return found
-    choices = [(max(unit * r, _LEAST_RIDGE), length) for r in ridges for length in _LENGTHS]
-    values = (found.values, *joint_solutions(first, found.masks, choices))
-    return replace(found, values=min(values, key=judge))
+    least, best = judge(found.values), found
+    damped = [max(unit * r, _LEAST_RIDGE) for r in ridges]
+    for values in joint_solutions(first, found.masks, damped, _LENGTHS):
+        if (loss := judge(values)) < least:
+            least, best = loss, replace(found, values=values, block="model")
+    return best
 
 
 def _best(

@@ -213,23 +213,25 @@ def test_solve_by_one_method(method: str) -> None:
 def test_solutions_for_several_ridges_and_steps_are_those_of_each(n: int) -> None:
     """Six samples for thirty weights, and sixty."""
     masks = masks_like(example(n, 0), 1, 0.7)
-    choices = [(0.1, 0.0), (2.0, 1.0), (0.1, 4.0)]
+    ridges, lengths = (0.1, 2.0), (0.0, 1.0, 4.0)
     problem = example(n, 0, slope=1.0)
     assert problem.linear is not None
-    for (ridge, length), found in zip(choices, joint_solutions(problem, masks, choices), strict=True):
+    solutions = joint_solutions(problem, masks, ridges, lengths)
+    for (ridge, length), found in zip(itertools.product(ridges, lengths), solutions, strict=True):
         one = replace(problem, ridge=ridge, linear=tuple(length * v for v in problem.linear))
         assert_close(explicit(one, flat(masks), "model"), flat(found), db=60)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("ridge", [1e-2, 1e-4])
-def test_a_small_ridge_leaves_the_step_along_the_gradients_exact(ridge: float) -> None:
+def test_a_small_ridge_leaves_the_step_along_the_gradients_exact(ridge: float, block: Block) -> None:
     """The gradient of the loss is the mean of those of the samples, as where both are of labels."""
-    problem = example(6, 0)
+    problem = example(6, 0, columns=9)
     problem = replace(problem, ridge=ridge, linear=tuple(g.dense().mean(0) for g in problem.gradients))
     masks = masks_like(problem, 1, 0.9)
     assert int(flat(masks).sum()) > 6
-    found = flat(joint_solutions(problem, masks, [(ridge, 1.0)])[0])
-    assert_close(explicit(problem, flat(masks), "model"), found, db=50)
+    found = flat(back_solve(problem, masks, block))
+    assert_close(explicit(problem, flat(masks), block), found, db=50)
 
 
 def test_a_training_step_is_the_one_the_judge_likes() -> None:
@@ -238,7 +240,7 @@ def test_a_training_step_is_the_one_the_judge_likes() -> None:
     weights, gradients, linear = problem.weights, problem.gradients, problem.linear
     unit = mean_diagonal(gradients)
     one = solve(weights, gradients, 0.6, method="obd", linear=linear)
-    (far,) = joint_solutions(problem, one.masks, [(0.03 * unit, 2.0)])
+    (far,) = joint_solutions(problem, one.masks, [0.03 * unit], [2.0])
     assert float((flat(far) - flat(one.values)).norm()) > 1
     for wanted in (far, one.values):
 
