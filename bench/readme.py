@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ PRUNED = (
 )
 """Rows of the table of pruning: what, and the end of the measurement's name; empty for the targets."""
 
-_SPARSITIES = (50, 60, 70, 80, 90)
+STAGED = (*PRUNED[:2], ("**prune_chita**", ": accuracy"))
 
 DECOMPOSED = (
     ("SVD, the same reduction in each layer", "SVD, uniform"),
@@ -136,7 +137,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "Peers: Neural Compressor (rtn, hqq, gptq), Brevitas (gptq, gpfq, qronos); same samples and bits.",
         "`python bench/run.py weights` repeats it.",
         "",
-        *_pruning(results["chita"]),
+        *_pruning(results["chita"], "ResNet-20", "ResNet-20 pruned at once", (50, 60, 70, 80, 90), PRUNED),
         "",
         _filled(
             "Percent of 1,000 test images; mean of three draws of {ResNet-20: images to prune with|,d} "
@@ -144,6 +145,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             {m["name"]: m["value"] for m in results["chita"]["measurements"]},
         ),
         "`python bench/run.py chita` repeats it.",
+        "",
+        *_pruning(
+            results["chita_stages"],
+            "MLPNet, 15 stages",
+            "MLPNet (MNIST) pruned in 15 stages that train",
+            (50, 70, 90, 95, 98),
+            STAGED,
+        ),
+        "",
+        "Percent of the test images; mean of three seeds. `python bench/run.py chita_stages` repeats it.",
         "",
         *_decomposition(results["decompose"]),
         "",
@@ -183,19 +194,22 @@ def _weights(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _pruning(found: dict[str, Any]) -> list[str]:
+def _pruning(
+    found: dict[str, Any], net: str, what: str, sparsities: Sequence[int], rows: Sequence[tuple[str, str]]
+) -> list[str]:
     measured = {m["name"]: m for m in found["measurements"]}
-    names = [f"ResNet-20 {percent} %" for percent in _SPARSITIES]
-    dense = measured["ResNet-20: accuracy, dense"]["value"]
-    head = f"ResNet-20 pruned at once ({dense:.1f} % dense)"
-    lines = [f"| {head} | " + " | ".join(f"{percent} %" for percent in _SPARSITIES) + " |"]
+    names = [f"{net} {percent} %" for percent in sparsities]
+    dense = measured[f"{net}: accuracy, dense"]["value"]
+    lines = [
+        f"| {what} ({dense:.1f} % dense) | " + " | ".join(f"{percent} %" for percent in sparsities) + " |"
+    ]
     lines.append("|---|" + "---:|" * len(names))
-    for what, end in PRUNED:
+    for row, end in rows:
         if end:
             cells = [f"{measured[name + end]['value']:.1f}" for name in names]
         else:
             cells = [measured[f"{name}: accuracy"]["target"].removeprefix(">= ") for name in names]
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -213,7 +227,7 @@ def _decomposition(found: dict[str, Any]) -> list[str]:
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The results of the cases the tables show."""
-    cases = {"chita", "decompose", "weights", *(row.case for row in ROWS)}
+    cases = {"chita", "chita_stages", "decompose", "weights", *(row.case for row in ROWS)}
     return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
 
 
