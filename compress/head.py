@@ -17,8 +17,8 @@ _INDICES = (torch.uint8, torch.int16, torch.int32)
 
 
 def heads(graph: Graph, sites: Iterable[Site]) -> list[Site]:
-    """Those of the sites whose operator is a linear layer and gives an output of the model."""
-    outputs = output_layers(graph)
+    """Those of the sites whose operator is a linear layer and gives an output of the model, not part of it."""
+    outputs = output_layers(graph, whole=True)
     return [site for site in sites if site.kind == "linear" and site.node in outputs]
 
 

@@ -30,7 +30,7 @@ _SAME_ENTRIES = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.squeeze.dim,
     torch.ops.aten.unsqueeze.default, torch.ops.aten.slice.Tensor, torch.ops.aten.to.dtype,
     torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.log_softmax.int,
-    torch.ops.aten.index_select.default, torch.ops.aten.cat.default,
+    torch.ops.aten.index_select.default,
 }  # fmt: skip
 """Operators between the last layer and the output that leave logits what they are."""
 
@@ -174,23 +174,46 @@ class Damage:
 
 def logits(graph: Graph) -> list[int]:
     """Indices of the outputs that come straight from a linear layer of two or more outputs."""
-    last = {site.node: graph.shape(site.weight) for site in graph.sites() if site.kind == "linear"}
-    sources = [_source(value) for value in graph.ops.output_node().args[0]]  # type: ignore[union-attr]
-    return [i for i, source in enumerate(sources) if source in last and last[source][0] > 1]
+    rows = {site.node: graph.shape(site.weight)[0] for site in graph.sites() if site.kind == "linear"}
+    found = enumerate(_sources(graph))
+    return [i for i, parts in found if rows.keys() >= set(parts) and sum(rows[part] for part in parts) > 1]
 
 
-def output_layers(graph: Graph) -> set[str]:
-    """Nodes whose values are outputs of the model, apart from their shape."""
-    sources = {_source(value) for value in graph.ops.output_node().args[0]}  # type: ignore[union-attr]
-    return {source for source in sources if source is not None}
+def output_layers(graph: Graph, *, whole: bool = False) -> set[str]:
+    """Nodes whose values are outputs of the model, apart from their shape.
+
+    Args:
+        whole: without the parts of a split output layer (`frequency_tiers`).
+    """
+    return {part for parts in _sources(graph) for part in parts if len(parts) == 1 or not whole}
 
 
-def _source(value: Any) -> str | None:
+def _sources(graph: Graph) -> list[list[str]]:
+    """For each output the node that it comes from, or those of the parts of a split output layer."""
+    return [_source(value) for value in graph.ops.output_node().args[0]]  # type: ignore[union-attr]
+
+
+def _source(value: Any) -> list[str]:
     while isinstance(value, fx.Node) and value.target in _SAME_ENTRIES:
+        parts = _tiers(value)
+        if parts:
+            return [part.name for part in parts]
         value = value.args[0]
-        # of the parts of an output layer (`frequency_tiers`) the first stands for all
-        value = value[0] if isinstance(value, list | tuple) else value
-    return value.name if isinstance(value, fx.Node) else None
+    return [value.name] if isinstance(value, fx.Node) else []
+
+
+def _tiers(node: fx.Node) -> list[fx.Node]:
+    """The parts of an output layer if `frequency_tiers` has split it here; other concatenations are none."""
+    joined = node.args[0]
+    if node.target != torch.ops.aten.index_select.default or node.args[1] != -1:
+        return []
+    if not isinstance(joined, fx.Node) or joined.target != torch.ops.aten.cat.default:
+        return []
+    linear = all(part.target == torch.ops.aten.linear.default for part in joined.all_input_nodes)
+    if joined.args[1:] != (-1,) or not linear:
+        return []
+    one_input = len({part.args[0] for part in joined.all_input_nodes}) == 1
+    return joined.all_input_nodes if one_input else []
 
 
 class _Mean:

@@ -52,7 +52,7 @@ class FrequencyTiers(Pass):
         notes: list[Note] = []
         chosen = heads(graph, self.select(graph))
         if not chosen:
-            notes.append(Note("", "no output of the model is a linear layer's; nothing to do"))
+            notes.append(Note("", "no output of the model is one linear layer's; nothing to do"))
         unshared = graph.unshared()
         for site in chosen:
             tokens = graph.shape(site.weight)[0]

@@ -67,7 +67,7 @@ class VqLogits(Pass):
         notes: list[Note] = []
         chosen = heads(graph, self.select(graph))
         if not chosen:
-            notes.append(Note("", "no output of the model is a linear layer's; nothing to do"))
+            notes.append(Note("", "no output of the model is one linear layer's; nothing to do"))
         for site in chosen:
             reason = declined(graph, site) or self._too_large(graph, site)
             if reason:

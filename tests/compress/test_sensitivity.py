@@ -116,6 +116,28 @@ def test_divergence_with_masked_classes() -> None:
     assert _kl(log_p, other)[0] == pytest.approx(expected, rel=1e-5)
 
 
+class TwoHeads(nn.Module):
+    """Classes and boxes in one output, in an order of their own or not, of one input or of two."""
+
+    def __init__(self, axis: int, order: int | None) -> None:
+        super().__init__()
+        self.classes, self.boxes = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.axis, self.order = axis, order
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.boxes(x.tanh() if self.axis == -1 else x)
+        out = torch.cat([self.classes(x), boxes], self.axis)
+        return out if self.order is None else out.index_select(self.order, torch.arange(4).flip(0))
+
+
+@pytest.mark.parametrize(("axis", "order"), [(1, None), (0, None), (-1, -1), (0, 0)])
+def test_concatenated_heads_are_no_logits(axis: int, order: int | None) -> None:
+    graph = compress.capture(TwoHeads(axis, order), (torch.randn(3, 6),))
+    assert logits(graph) == []
+    assert not output_layers(graph) & {site.node for site in graph.sites()}
+    assert Damage(graph, []).measure == "error"
+
+
 def test_what_the_outputs_are() -> None:
     assert logits(captured("convnet")) == [0]
     assert logits(captured("tied_lm")) == [0]
