@@ -185,11 +185,15 @@ def fused(graph: Graph, layers: Sequence[Menu]) -> list[list[int]]:
     """Groups of linear layers that read the same input, by index: q, k and v; gate and up.
 
     Runtimes fuse them, so they should take one format. Their menus are cut down to what all of them can take.
+    Output layers are left out: the parts of a split head are there to take different ones.
     """
     readers: dict[str, list[int]] = {}
+    outputs = output_layers(graph)
     for i, layer in enumerate(layers):
-        if len(layer.sites) == 1 and layer.sites[0].kind == "linear" and layer.formats != [None]:
-            source = graph.node(layer.sites[0].node).args[0]
+        site = layer.sites[0]
+        free = len(layer.sites) == 1 and site.kind == "linear" and site.node not in outputs
+        if free and layer.formats != [None]:
+            source = graph.node(site.node).args[0]
             assert isinstance(source, fx.Node)
             readers.setdefault(source.name, []).append(i)
     tied = []

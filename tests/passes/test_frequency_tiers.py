@@ -14,10 +14,11 @@ from compress.api import pass_table
 from compress.data import load_calibration
 from compress.errors import CalibrationError, RecipeError
 from compress.passes.frequency_tiers import FrequencyTiers
+from compress.passes.mixed_precision import MixedPrecision
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.pipeline import Context
 from compress.recipe import Recipe
-from compress.sensitivity import logits
+from compress.sensitivity import logits, output_layers
 from compress.testing import MODELS, assert_close, make
 
 VOCABULARY = 200
@@ -91,8 +92,30 @@ def test_tiers_are_layers_and_the_file_is_proven(tmp_path: Any) -> None:
     assert onnx.TensorProto.INT16 in kinds.values() or onnx.TensorProto.UINT8 in kinds.values()
 
 
+def test_mixed_precision_gives_the_probable_tier_more_bits() -> None:
+    graph, context = captured(True)
+    split = FrequencyTiers(tiers=(29,)).apply(graph, context).graph
+    tiers = {site.node for site in split.sites() if site.name.startswith("lm_head")}
+    assert output_layers(split) == tiers and not output_layers(split, whole=True)
+    step = MixedPrecision(
+        effective_bits=3.4,
+        formats=("int2 g32", "int4 g32"),
+        targets=("lm_head.*",),
+        sensitive=(),
+        method="rtn",
+    )
+    result = step.apply(split, context)
+    assert {c.site: c.action for c in result.changes} == {
+        "lm_head.tier0": "int4 g32",
+        "lm_head.tier1": "int2 g32",
+    }
+
+
 def test_what_is_declined() -> None:
     graph, context = captured(False)
+    split = FrequencyTiers(tiers=(50,)).apply(graph, context).graph
+    again = FrequencyTiers(tiers=(20,)).apply(split, context)  # the parts are layers, not heads
+    assert "no output" in again.notes[0].reason and again.graph.tensors == split.tensors
     result = FrequencyTiers(tiers=(150, 50)).apply(graph, context)
     assert "do not go beyond" in result.notes[0].reason and result.graph.tensors == graph.tensors
     tied = compress.capture(make("tied_lm"), MODELS["tied_lm"].inputs(2))

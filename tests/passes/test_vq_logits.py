@@ -24,14 +24,14 @@ VOCABULARY = 300
 class Model(nn.Module):
     """An embedding, a layer and a head of its own, whose rows lie in clusters."""
 
-    def __init__(self, bias: bool = True, width: int = 24) -> None:
+    def __init__(self, bias: bool = True, width: int = 24, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
+        self.embed = nn.Embedding(vocabulary, width)
         self.mlp = nn.Linear(width, width)
-        self.lm_head = nn.Linear(width, VOCABULARY, bias=bias)
+        self.lm_head = nn.Linear(width, vocabulary, bias=bias)
         with torch.no_grad():
-            near = torch.randn(20, width)[torch.arange(VOCABULARY) % 20]
-            self.lm_head.weight.copy_(near + 0.1 * torch.randn(VOCABULARY, width))
+            near = torch.randn(20, width)[torch.arange(vocabulary) % 20]
+            self.lm_head.weight.copy_(near + 0.1 * torch.randn(vocabulary, width))
 
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = self.lm_head(self.mlp(self.embed(ids)).tanh())
@@ -169,10 +169,14 @@ def test_without_data() -> None:
 @pytest.mark.parametrize("recipe", ["lm-int4", "lm-extreme", "vq-logits"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_recipes_for_language_models(recipe: str, tied: bool) -> None:
-    model, vocabulary = (make("tied_lm"), 200) if tied else (Model(width=64).eval(), VOCABULARY)
+    vocabulary = 200 if tied else 1200  # more than the thousand tokens of a tier, and codes
+    model = make("tied_lm") if tied else Model(width=64, vocabulary=vocabulary).eval()
     graph = compress.capture(model, inputs=["ids:int64[1,seq=9]"])
     ids = torch.randint(0, vocabulary, (16, 9), generator=torch.Generator().manual_seed(1))
     result = compress.run(graph, recipe, calibration=ids)
     assert result.graph.run([ids])[0].shape == (16, 9, vocabulary)
-    # both are too small for a thousand codes
-    assert (result.graph.nbytes < graph.nbytes) == (recipe != "vq-logits")
+    small = recipe == "vq-logits" and tied  # 200 tokens are too few for a thousand codes
+    assert (result.graph.nbytes < graph.nbytes) == (not small)
+    tiers = {name for name in result.graph.encodings if "tier" in name}
+    split = recipe == "lm-extreme" and not tied
+    assert tiers == ({"lm_head.tier0.weight", "lm_head.tier1.weight"} if split else set())
