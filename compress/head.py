@@ -17,7 +17,7 @@ _INDICES = (torch.uint8, torch.int16, torch.int32)
 
 
 def heads(graph: Graph, sites: Iterable[Site]) -> list[Site]:
-    """Those of the sites whose operator is a linear layer and gives an output of the model, not part of it."""
+    """Those of the sites whose operator is a linear layer and gives a whole output of the model."""
     outputs = output_layers(graph, whole=True)
     return [site for site in sites if site.kind == "linear" and site.node in outputs]
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, field_validator
 
 from compress.errors import CalibrationError
-from compress.graph import Graph, Site, argument
+from compress.graph import Graph, Site
 from compress.head import HeadBuilder, heads
 from compress.passes.solvers.logit_codes import Head, held_out, token_masses
 from compress.passes.vq_logits import declined, dense_head
@@ -61,8 +61,6 @@ class FrequencyTiers(Pass):
                 reason = "the weight has other readers, and would be stored twice"
             elif sum(self.tiers) >= tokens:
                 reason = f"its {tokens} tokens do not go beyond the tiers"
-            elif graph.bias(site) is None and argument(graph.node(site.node), "bias", None) is not None:
-                reason = "its bias is computed"
             if reason:
                 notes.append(Note(site.name, f"{reason}; left as it is"))
                 continue

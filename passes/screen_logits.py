@@ -25,7 +25,7 @@ from torch import fx
 from compress.graph import Graph, Site, argument
 from compress.head import HeadBuilder
 from compress.passes.solvers.logit_codes import Head, LogitCodes, recall
-from compress.passes.vq_logits import VqLogits, coded_logits
+from compress.passes.vq_logits import NO_EFFECT, VqLogits, coded_logits
 
 _aten = torch.ops.aten
 
@@ -56,7 +56,8 @@ class ScreenLogits(VqLogits):
     def _told(self, graph: Graph, site: Site, found: LogitCodes, head: Head | None) -> list[str]:
         told = ["the dense rows stay for the candidates: time is saved, no bytes"]
         if head is None:
-            return [*told, "no calibration data: codes of plain k-means, and their recall is not known"]
+            words = "no calibration data: codes of plain k-means, and their recall is not known"
+            return [*told, f"{words}; {NO_EFFECT}"]
         share, rows = recall(head, found, self.candidates)
         return [*told, f"recall at {self.candidates}: {share:.5f} of {rows} held-out rows"]
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from compress.calibration import Statistics, output_error
-from compress.graph import Graph, Site
+from compress.graph import Graph, Site, argument
 from compress.head import HeadBuilder, head_inputs, heads, narrow
 from compress.passes.solvers.logit_codes import Head, LogitCodes, Training, code_logits, code_rows
 from compress.pipeline import Change, Context, Note, Pass, PassResult
@@ -33,6 +33,8 @@ _aten = torch.ops.aten
 _ELEMENTS = 1 << 26
 """Of the rows kept to train on; 256 MB."""
 _ROWS = 1 << 16
+NO_EFFECT = "singletons, token_bias, epochs and learning_rate have no effect"
+"""Without calibration data."""
 
 
 class VqLogits(Pass):
@@ -108,7 +110,7 @@ class VqLogits(Pass):
 
     def _change(self, graph: Graph, site: Site, found: LogitCodes, head: Head | None) -> Change:
         old = graph.weight(site.weight)
-        before = old.numel() * old.element_size()
+        before = _nbytes(old)
         after = codes_nbytes(found, old.element_size()) + self._added(graph, site)
         return Change(
             site=site.name,
@@ -126,11 +128,11 @@ class VqLogits(Pass):
 
     def _added(self, graph: Graph, site: Site) -> int:
         """Bytes of the head that stay."""
-        return 0
+        return 0 if site.weight in graph.unshared() else _nbytes(graph.tensors[site.weight])
 
     def _told(self, graph: Graph, site: Site, found: LogitCodes, head: Head | None) -> list[str]:
         if head is None:
-            told = ["no calibration data: plain k-means, whose outputs are poor"]
+            told = [f"no calibration data: plain k-means, whose outputs are poor; {NO_EFFECT}"]
         else:
             first, last = found.divergences
             where = "divergence from the dense head on held-out rows"
@@ -151,7 +153,15 @@ def declined(graph: Graph, site: Site) -> str:
     if site.weight in graph.encodings:
         return f"already {graph.encodings[site.weight].encoding}"
     dtype = graph.tensors[site.weight].dtype
-    return "" if dtype.is_floating_point else f"{dtype} is not a floating-point weight"
+    if not dtype.is_floating_point:
+        return f"{dtype} is not a floating-point weight"
+    layer = graph.node(site.node)
+    weight = layer.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return "the weight is read through another operator"
+    if graph.bias(site) is None and argument(layer, "bias", None) is not None:
+        return "its bias is computed"
+    return ""
 
 
 def dense_head(graph: Graph, site: Site, context: Context) -> Head | None:
@@ -160,7 +170,8 @@ def dense_head(graph: Graph, site: Site, context: Context) -> Head | None:
         return None
     reference = context.reference
     twin = next((s for s in reference.sites() if s.node == site.node), None)
-    if twin is None or reference.shape(twin.weight) != graph.shape(site.weight):
+    same = twin is not None and reference.shape(twin.weight) == graph.shape(site.weight)
+    if twin is None or not same or declined(reference, twin):
         reference, twin = graph, site  # it is aimed at what is there
     data, samples = context.calibration.inputs(), context.calibration.num_samples
     limit = min(_ROWS, _ELEMENTS // graph.shape(site.weight)[1])
@@ -179,7 +190,11 @@ def codes_nbytes(found: LogitCodes, element_size: int) -> int:
     floats = sum(book.numel() for book in found.codes.codebooks)
     floats += 0 if found.bias is None else found.bias.numel()
     maps = [narrow(row) for row in found.codes.maps]
-    return floats * element_size + sum(m.numel() * m.element_size() for m in maps)
+    return floats * element_size + sum(map(_nbytes, maps))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def coded_logits(builder: HeadBuilder, found: LogitCodes) -> fx.Node:

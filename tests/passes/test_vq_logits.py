@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import compress
 from compress.data import load_calibration
+from compress.passes.frequency_tiers import FrequencyTiers
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.recover import Recover
+from compress.passes.screen_logits import ScreenLogits
 from compress.passes.vq_logits import VqLogits
-from compress.pipeline import Context, PassResult
+from compress.pipeline import Context, Pass, PassResult
 from compress.testing import MODELS, assert_close, make
 
 VOCABULARY = 300
@@ -132,6 +134,8 @@ def test_tied_heads_keep_the_embedding() -> None:
     result = VqLogits(codes=16, stages=2, epochs=0).apply(graph, context)
     assert result.graph.tensors["embed.weight"] is graph.tensors["embed.weight"]
     assert any("time is saved, no bytes" in n.reason for n in result.notes)
+    (change,) = result.changes
+    assert change.bytes_after - change.bytes_before == result.graph.nbytes - graph.nbytes > 0
 
 
 def test_half_precision() -> None:
@@ -159,10 +163,46 @@ def test_what_is_declined() -> None:
     assert_close(eight.run([torch.arange(12)[None]])[0], result.graph.run([torch.arange(12)[None]])[0])
 
 
+class Computed(nn.Module):
+    """A head whose weight is read through a cast, or whose bias is computed."""
+
+    def __init__(self, cast: bool) -> None:
+        super().__init__()
+        self.cast = cast
+        self.embed = nn.Embedding(40, 8)
+        self.lm_head = nn.Linear(8, 40)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, head = self.embed(ids), self.lm_head
+        if self.cast:
+            return nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
+        return nn.functional.linear(hidden, head.weight, 2 * head.bias)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_heads_of_computed_tensors_are_declined(cast: bool) -> None:
+    model = Computed(cast).eval()
+    graph = compress.capture(model.half() if cast else model, inputs=["ids:int64[1,seq=6]"])
+    ids = torch.randint(0, 40, (10, 6), generator=torch.Generator().manual_seed(1))
+    context = Context(graph, load_calibration(ids, inputs=graph.inputs))
+    steps: list[Pass] = [
+        VqLogits(codes=4, stages=2),
+        ScreenLogits(candidates=5, codes=4, stages=2),
+        FrequencyTiers(tiers=(10,)),
+    ]
+    for step in steps:
+        result = step.apply(graph, context)
+        (note,) = result.notes
+        assert ("through another operator" if cast else "bias is computed") in note.reason
+        assert result.graph.tensors == graph.tensors and not result.changes
+
+
 def test_without_data() -> None:
     graph, _ = captured(True)
     result = VqLogits(codes=64, stages=2).apply(graph, Context(graph))
     assert "plain k-means" in result.notes[0].reason
+    for option in ("singletons", "token_bias", "epochs", "learning_rate"):
+        assert option in result.notes[0].reason
     assert kl(graph, result.graph) < kl(graph, VqLogits(codes=4, stages=1).apply(graph, Context(graph)).graph)
 
 
