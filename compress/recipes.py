@@ -175,7 +175,7 @@ passes:
 metadata:
   name: lm-int4
   description: >-
-    For language models: 4-bit linear layers in groups of 128, for which ONNX Runtime is fastest at batch 1;
+    For language models: 4-bit linear layers in groups of 128, with fewer scales to read than int4;
     embeddings in groups of 32.
 passes:
   - pass: cleanup
@@ -209,7 +209,7 @@ metadata:
   name: vq-logits
   description: >-
     For language models with a large vocabulary: the output head as four codebooks of 256 entries, trained on
-    the model's own outputs; give it thousands of tokens. Several times faster logits, at a visible cost.
+    the model's own outputs; give it thousands of tokens. Fewer operations, at a cost in perplexity.
 passes:
   - pass: cleanup
   - pass: vq_logits
