@@ -98,4 +98,4 @@ def test_what_is_declined() -> None:
     result = ScreenLogits(candidates=300, codes=4).apply(graph, context)
     assert "all of its 300 tokens" in result.notes[0].reason
     blind = ScreenLogits(candidates=30, codes=8, stages=2).apply(graph, Context(graph))
-    assert "recall is not known" in blind.notes[-1].reason
+    assert "their recall is not known; singletons, token_bias" in blind.notes[-1].reason
