@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _SPACED = re.compile(r" ([,.;:!?%)\]]|'s\b|n't\b|'re\b|'ve\b|'ll\b)")
 _OPENED = re.compile(r"([(\[]) ")
@@ -59,3 +62,20 @@ def windows(path: Path, tokenizer: Path, length: int) -> np.ndarray:
     ids = [np.asarray(e.ids, np.int64) for e in loaded.encode_batch(lines(path), add_special_tokens=False)]
     tokens = np.concatenate(ids)
     return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def perplexity(logits: Callable[[Tensor], Tensor], tokens: Tensor, inputs: Tensor | None = None) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window.
+
+    Args:
+        logits: of a model, float ``[B, T, V]`` of `inputs`.
+        tokens: int64 ``[windows, T]``.
+        inputs: what the model reads of each window; None: the tokens.
+    """
+    read = tokens if inputs is None else inputs
+    total, count = 0.0, 0
+    for x, rows in zip(read.split(4), tokens.split(4), strict=True):
+        guess = logits(x)[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(guess, rows[:, 1:].flatten(), reduction="sum")
+        total, count = total + float(loss), count + rows[:, 1:].numel()
+    return math.exp(total / count)

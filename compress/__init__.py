@@ -17,8 +17,8 @@ from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError
 from compress.graph import Graph, Site
 from compress.inputs import InputSpec
+from compress.layer_profile import Profile
 from compress.pipeline import Change, Context, Note, Pass, PassResult, Pipeline
-from compress.profile import Profile
 from compress.recipe import Recipe
 from compress.report import Report
 from compress.sparse import FixedMasks

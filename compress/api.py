@@ -22,9 +22,9 @@ from compress.errors import ExportError, ModelFileError, OutputError, PassError,
 from compress.examples import first_sample
 from compress.graph import Graph
 from compress.inputs import InputSpec
+from compress.layer_profile import Profile
+from compress.layer_profile import profile as profile_graph
 from compress.pipeline import Context, Pass, Pipeline
-from compress.profile import Profile
-from compress.profile import profile as profile_graph
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
 from compress.recipes import RECIPES, named

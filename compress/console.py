@@ -106,16 +106,14 @@ def size_in_bytes(text: str) -> int:
     Raises:
         InputSpecError: it is none.
     """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "": 1}
-    number = text.strip().upper()
-    unit = number.lstrip("0123456789. ")
+    # not above: reading options must not wait for torch
+    from compress.menu import parse_size
+
     try:
-        value = int(float(number.removesuffix(unit)) * units[unit])
-    except (ValueError, KeyError):
-        value = 0
-    if value <= 0:
-        raise InputSpecError(f"--max-memory is {text!r}", expected='a size such as "4GB" or "500MB"')
-    return value
+        return parse_size(text)
+    except ValueError as error:
+        expected = 'a size such as "4GB" or "500MB"'
+        raise InputSpecError(f"--max-memory is {text!r}", expected=expected) from error
 
 
 def mean_and_std(text: str | None) -> tuple[list[float], list[float]] | None:

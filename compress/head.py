@@ -85,9 +85,7 @@ class HeadBuilder:
         return self.layer.args[0]
 
     def tensor(self, name: str, value: Tensor) -> fx.Node:
-        full = f"{self.prefix}{name}"
-        while full in self.graph.tensors:
-            full += "_head"
+        full = self.graph.free_name(f"{self.prefix}{name}")
         self.graph.tensors[full] = value.contiguous()
         with self.graph.ops.inserting_before(self.layer):
             return self.graph.ops.get_attr(full)

@@ -49,7 +49,7 @@ def parse_format(text: str) -> Format:
         raise ValueError(f"format {text!r}: {error.problem}; {error.expected}") from error
 
 
-_UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(size: int | str) -> int:
@@ -58,10 +58,10 @@ def parse_size(size: int | str) -> int:
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"([0-9.]+) ?([A-Za-z]*)", str(size))
+    found = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", str(size).strip())
     try:
         assert found is not None
-        value = int(float(found[1]) * _UNITS[found[2]])
+        value = int(float(found[1]) * _UNITS[found[2].upper()])
     except (AssertionError, ValueError, KeyError):
         value = 0
     if value <= 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import MissingExtra, OutputError
 
 if TYPE_CHECKING:
-    from compress.profile import Profile
+    from compress.layer_profile import Profile
 
 FORMATS = (".svg", ".png", ".pdf")
 

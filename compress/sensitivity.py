@@ -190,7 +190,9 @@ def output_layers(graph: Graph, *, whole: bool = False) -> set[str]:
 
 def _sources(graph: Graph) -> list[list[str]]:
     """For each output the node that it comes from, or those of the parts of a split output layer."""
-    return [_source(value) for value in graph.ops.output_node().args[0]]  # type: ignore[union-attr]
+    outputs = graph.ops.output_node().args[0]
+    assert isinstance(outputs, list | tuple)
+    return [_source(value) for value in outputs]
 
 
 def _source(value: Any) -> list[str]:

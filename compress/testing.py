@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compress.capture import capture
+from compress.data import load_calibration
+from compress.graph import Graph
 from compress.numerics import sqnr_db
+from compress.pipeline import Context
 
 
 def assert_close(reference: Tensor, value: Tensor, *, db: float = 80.0) -> None:
@@ -139,6 +143,16 @@ def make(name: str, seed: int = 0) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.2)
     return model.eval()
+
+
+def calibrated_lm(build: Callable[[], nn.Module], vocabulary: int, windows: int) -> tuple[Graph, Context]:
+    """A model of token ids, captured with the same weights each time, beside windows of 12 random tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().eval()
+    graph = capture(model, inputs=["ids:int64[1,seq=12]"])
+    ids = torch.randint(0, vocabulary, (windows, 12), generator=torch.Generator().manual_seed(1))
+    return graph, Context(graph, load_calibration(ids, inputs=graph.inputs))
 
 
 def _noise(*shape: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from compress.artifact import Lowered
 from compress.bitmap import BitmapWeight
-from compress.exporters.onnx_weights import Builder, placeholders
+from compress.exporters.onnx_weights import Builder, lower_at_load
 
 
 def lower_bitmaps(model: ir.Model, weights: Mapping[str, BitmapWeight]) -> list[Lowered]:
@@ -25,13 +25,7 @@ def lower_bitmaps(model: ir.Model, weights: Mapping[str, BitmapWeight]) -> list[
         model: rewritten in place.
         weights: by the name of the placeholder.
     """
-    lowered = []
-    for name, value, _ in placeholders(model, weights):
-        before = next(iter(value.uses())).node
-        value.replace_all_uses_with(_expanded(Builder(model), before, name, weights[name]))
-        form = Lowered(name, "bits -> CumSum -> Gather(values)", "decoded at load", (f"{name}/decode",))
-        lowered.append(form)
-    return lowered
+    return lower_at_load(model, weights, "bits -> CumSum -> Gather(values)", _expanded)
 
 
 def _expanded(builder: Builder, before: ir.Node, name: str, weight: BitmapWeight) -> ir.Value:

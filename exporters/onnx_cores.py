@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from compress.artifact import Lowered
 from compress.cores import CoreWeight
-from compress.exporters.onnx_weights import Builder, placeholders
+from compress.exporters.onnx_weights import Builder, lower_at_load
 
 
 def lower_cores(model: ir.Model, weights: Mapping[str, CoreWeight]) -> list[Lowered]:
@@ -23,12 +23,7 @@ def lower_cores(model: ir.Model, weights: Mapping[str, CoreWeight]) -> list[Lowe
         model: rewritten in place.
         weights: by the name of the placeholder.
     """
-    lowered = []
-    for name, value, _ in placeholders(model, weights):
-        before = next(iter(value.uses())).node
-        value.replace_all_uses_with(_contracted(Builder(model), before, name, weights[name]))
-        lowered.append(Lowered(name, "MatMul of cores", "decoded at load", (f"{name}/decode",)))
-    return lowered
+    return lower_at_load(model, weights, "MatMul of cores", _contracted)
 
 
 def _contracted(builder: Builder, before: ir.Node, name: str, weight: CoreWeight) -> ir.Value:

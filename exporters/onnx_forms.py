@@ -7,9 +7,9 @@ Add -> LayerNormalization    Sum -> LayerNormalization      Add and LayerNormali
 (a residual or an embedding)                                SkipLayerNormalization, which on processors takes
                                                             several times as long as the two (1.31). See
                                                             "float, our forms" of `bench/run.py minilm`
-Gather(axis -1), one row of  Expand -> GatherElements       Gather takes its time for each entry it copies:
-constant indices (the map                                   0.35 ms for 32,000 entries, 0.07 ms this way
-of `vq_logits`)                                             (1.31, one thread)
+Gather(axis -1), one row of  Expand -> GatherElements       Gather calls a copy for each entry, which takes
+constant indices (the map                                   several times as long (1.31)
+of `vq_logits`)
 ============================ ============================== ==================================================
 """
 

@@ -22,8 +22,8 @@ Linear layers below `FOLD_BELOW` weights take that form too: there MatMulNBits i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +31,7 @@ import onnx_ir as ir
 import torch
 
 from compress.artifact import Lowered
-from compress.encoding import EncodedWeight, pack
+from compress.encoding import Encoded, EncodedWeight, pack
 from compress.exporters.onnx_activations import (
     integer_convolution,
     integer_filter,
@@ -94,6 +94,7 @@ def lower_weights(
 
 
 Use = tuple[str, ir.Node, int]
+Weight = TypeVar("Weight", bound=Encoded)
 
 
 def placeholders(model: ir.Model, names: Iterable[str]) -> Iterator[tuple[str, ir.Value, list[Use]]]:
@@ -103,6 +104,29 @@ def placeholders(model: ir.Model, names: Iterable[str]) -> Iterator[tuple[str, i
         if value is not None:  # else nothing reads it
             yield name, value, readers(value)
             model.graph.inputs.remove(value)
+
+
+def lower_at_load(
+    model: ir.Model,
+    weights: Mapping[str, Weight],
+    form: str,
+    decode: Callable[[Builder, ir.Node, str, Weight], ir.Value],
+) -> list[Lowered]:
+    """Replace the placeholders of weights by operators on constants, which ONNX Runtime folds at load.
+
+    Args:
+        model: rewritten in place.
+        weights: by the name of the placeholder.
+        form: what the operators are, for the report.
+        decode: adds them, given the node to put them before and the weight's name; the last one is called
+            ``NAME/decode``.
+    """
+    lowered = []
+    for name, value, _ in placeholders(model, weights):
+        before = next(iter(value.uses())).node
+        value.replace_all_uses_with(decode(Builder(model), before, name, weights[name]))
+        lowered.append(Lowered(name, form, "decoded at load", (f"{name}/decode",)))
+    return lowered
 
 
 def readers(value: ir.Value) -> list[Use]:

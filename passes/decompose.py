@@ -39,7 +39,7 @@ from compress.menu import Latency, Size, parse_latency, parse_size
 from compress.passes.quantize_weights import least_squares_target, mean_shift
 from compress.passes.solvers.alds import minimax
 from compress.passes.solvers.allocate import allocate, monotone
-from compress.passes.solvers.forms import Decomposer, Form, Method
+from compress.passes.solvers.forms import LARGEST_MPO, Decomposer, Form, Method
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import Damage, held_out, sample
 
@@ -49,8 +49,6 @@ _FINE = tuple(i / 50 for i in range(2, 48))
 """The same where nothing has to be measured."""
 _OPTIONS = 12
 """Forms of a layer that are measured."""
-_LARGE = 1 << 21
-"""Weights of a layer up to which `auto` tries matrix product operators."""
 _AGAIN = 10
 """Layers measured again around the first solution."""
 
@@ -188,8 +186,7 @@ class Decompose(Pass):
             return (self.method,)
         if site.kind == "conv":
             return ("svd", "alds", "tucker")
-        # the singular values of many large rearranged matrices take longer than they are worth
-        return ("svd", "alds", "mpo") if weights <= _LARGE else ("svd", "alds")
+        return ("svd", "alds", "mpo") if weights <= LARGEST_MPO else ("svd", "alds")
 
     def _problem(self, graph: Graph, layers: list[ChainMenu], context: Context) -> _Problem:
         problem = _Problem(graph, layers)

@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import compress
 from bench import text
@@ -95,7 +94,8 @@ class _Case:
 
     def tell(self, name: str, graph: compress.Graph) -> float:
         """The perplexity, which is told beside what it costs."""
-        perplexity = _perplexity(graph, self.test)
+        fast = graph.decoded()
+        perplexity = text.perplexity(lambda rows: fast.run([rows])[0], self.test)
         weights = {site.weight for site in graph.sites() if _in_blocks(site.weight)}
         numbers = sum(math.prod(graph.shape(weight)) for weight in weights)
         stored = sum(t.numel() * t.element_size() for n, t in graph.tensors.items() if _in_blocks(n))
@@ -111,14 +111,3 @@ class _Case:
 
 def _in_blocks(tensor: str) -> bool:
     return tensor.startswith("layers.") and "layernorm" not in tensor
-
-
-def _perplexity(graph: compress.Graph, tokens: Tensor) -> float:
-    fast = graph.decoded()
-    total, count = 0.0, 0
-    for rows in tokens.split(4):
-        guess = fast.run([rows])[0][:, :-1].flatten(0, 1)
-        wanted = rows[:, 1:].flatten()
-        total += float(nn.functional.cross_entropy(guess, wanted, reduction="sum"))
-        count += wanted.numel()
-    return math.exp(total / count)

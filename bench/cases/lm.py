@@ -106,7 +106,10 @@ def _perplexities(
         measured("tied float: vocabulary-sized weights in the file", _tables(tied_float), "", "== 1"),
         measured("test tokens", int(tokens.size)),
     ]
-    values = {name: _perplexity(lambda ids, s=s: s(ids)[0], tokens) for name, s in sessions.items()}
+    values = {
+        name: text.perplexity(lambda ids, s=s: s(ids)[0], torch.from_numpy(tokens))
+        for name, s in sessions.items()
+    }
     for name, value in values.items():
         # 43.9 was measured where the model was trained, in bfloat16; a subset of windows has another one
         whole = "float" in name and not setup.quick
@@ -168,16 +171,6 @@ def _tables(path: Path) -> int:
             size *= 2  # two 4-bit codes in a byte
         count += size >= 8192 * 256
     return count
-
-
-def _perplexity(logits: Logits, tokens: np.ndarray) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
-    total, count = 0.0, 0
-    for rows in torch.from_numpy(tokens).split(4):
-        guess = logits(rows)[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(guess, rows[:, 1:].flatten(), reduction="sum")
-        total, count = total + float(loss), count + rows[:, 1:].numel()
-    return math.exp(total / count)
 
 
 def _speeds(sessions: dict[str, Session], tokens: np.ndarray, seconds: float) -> list[Measurement]:

@@ -7,11 +7,10 @@ layers as they are. The claims for VQ-Logits (arXiv 2505.10202: 99 % fewer param
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -95,7 +94,7 @@ class _Case:
         hidden, test = (rows.unflatten(0, (-1, length)) for rows in read)
         graph = _capture(whole.weight(site.weight), length)
         data = load_calibration(hidden, inputs=graph.inputs, samples=len(hidden))
-        return cls(graph, Context(graph, data), test, tokens, _perplexity(graph, test, tokens))
+        return cls(graph, Context(graph, data), test, tokens, text.perplexity(_logits(graph), tokens, test))
 
     def apply(self, *steps: Pass) -> PassResult:
         result = PassResult(self.graph)
@@ -106,7 +105,10 @@ class _Case:
 
     def told(self, name: str, graph: compress.Graph) -> Iterator[Measurement]:
         yield measured(f"{name}: bytes of the head", 100 * graph.nbytes / self.graph.nbytes, "% of float")
-        yield measured(f"{name}: perplexity / dense", _perplexity(graph, self.test, self.tokens) / self.dense)
+        yield measured(
+            f"{name}: perplexity / dense",
+            text.perplexity(_logits(graph), self.tokens, self.test) / self.dense,
+        )
 
 
 def _whole(setup: Setup, length: int) -> compress.Graph:
@@ -122,24 +124,24 @@ def _windows(setup: Setup, part: str, length: int, count: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(everything[:: len(everything) // count][:count]))
 
 
-def _perplexity(graph: compress.Graph, inputs: Tensor, tokens: Tensor) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
-    total, count = 0.0, 0
-    for x, ids in zip(inputs.split(4), tokens.split(4), strict=True):
-        logits = graph.run([x])[0][:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
-        total, count = total + float(loss), count + ids[:, 1:].numel()
-    return math.exp(total / count)
+def _logits(graph: compress.Graph) -> Callable[[Tensor], Tensor]:
+    def logits(x: Tensor) -> Tensor:
+        found: Tensor = graph.run([x])[0]
+        return found
+
+    return logits
 
 
 # -- quality -----------------------------------------------------------------------------------------
 
 
 def _integers(case: _Case) -> Iterator[Measurement]:
-    def bits(count: int, group_size: int, target: str = "linear") -> QuantizeWeights:
+    def bits(
+        count: Literal[2, 4, 8], group_size: Literal[-1, 32, 128], target: str = "linear"
+    ) -> QuantizeWeights:
         return QuantizeWeights(
             bits=count, group_size=group_size, symmetric=False, targets=(target,), bias_correction=False
-        )  # type: ignore[arg-type]
+        )
 
     tiers = FrequencyTiers(tiers=(1024,))
     forms: dict[str, Sequence[Pass]] = {
@@ -246,7 +248,7 @@ def _whole_model(setup: Setup, case: _Case) -> Iterator[Measurement]:
     graph = _whole(setup, 256)
     train = _windows(setup, "train", 256, 128)
     data = load_calibration(train, inputs=graph.inputs, samples=len(train), batch_size=8)
-    dense = _perplexity(graph, case.tokens, case.tokens)
+    dense = text.perplexity(_logits(graph), case.tokens)
     steps = [
         VqLogits(codes=92, stages=4, epochs=4),
         Recover(epochs=1, batch_size=8, learning_rate=3e-4, temperature=1.0),
@@ -258,6 +260,6 @@ def _whole_model(setup: Setup, case: _Case) -> Iterator[Measurement]:
     ):
         after = compress.run(graph, recipe, calibration=data).graph
         target = "<= 1.02" if name == "lm-int4" else ""
-        ratio = _perplexity(after.decoded(), case.tokens, case.tokens) / dense
+        ratio = text.perplexity(_logits(after.decoded()), case.tokens) / dense
         yield measured(f"whole model, {name}: bytes", 100 * after.nbytes / graph.nbytes, "% of float")
         yield measured(f"whole model, {name}: perplexity / float", ratio, "", target)

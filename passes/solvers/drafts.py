@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from compress.bitmap import BitmapWeight, encode_bitmap
 from compress.chain import Chain
 from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.passes.solvers.compose import Inputs, compose
-from compress.passes.solvers.forms import Decomposer, Method
+from compress.passes.solvers.forms import LARGEST_MPO, Decomposer, Method
 from compress.passes.solvers.low_rank import spectrum
 from compress.passes.solvers.scores import score
 from compress.passes.solvers.vbmf import evidence_rank
@@ -20,8 +20,6 @@ from compress.passes.solvers.vbmf import evidence_rank
 _BITS = (8, 4, 2)
 _PARTS = {"3/4": 0.75, "1/2": 0.5, "1/4": 0.25, "1/8": 0.125}
 """Parameters of decompositions, and weights that pruning keeps."""
-_LARGE = 1 << 21
-"""Weights up to which matrix product operators are tried: their decompositions take long."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,10 @@ class Draft:
     setting: str
     form: str
     value: EncodedWeight | Chain | BitmapWeight
+
+    def on_disk(self) -> Draft:
+        """The same with the factors of a chain in files; other values as they are."""
+        return replace(self, value=self.value.on_disk()) if isinstance(self.value, Chain) else self
 
 
 def drafts(weight: Tensor, diag: Tensor | None = None, H: Tensor | None = None) -> Iterator[Draft]:
@@ -95,7 +97,7 @@ def _decompositions(weight: Tensor, H: Tensor | None) -> Iterator[Draft]:
     methods: tuple[Method, ...] = ("svd",)
     if weight.ndim > 2:
         methods = ("svd", "tucker")
-    elif weight.numel() <= _LARGE:
+    elif weight.numel() <= LARGEST_MPO:
         methods = ("svd", "mpo")
     decomposer = Decomposer(weight.float(), H)
     for method in methods:

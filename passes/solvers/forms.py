@@ -15,6 +15,9 @@ from compress.passes.solvers import alds, mpo, separable, tucker
 from compress.passes.solvers.low_rank import spectrum
 
 Method = Literal["svd", "alds", "tucker", "tt", "cp", "mpo", "kronecker"]
+LARGEST_MPO = 1 << 21
+"""Weights of a layer up to which matrix product operators are worth trying among others: the singular values
+of many large rearranged matrices take long."""
 _SLICES = (2, 3, 4, 5, 6, 8)
 """Numbers of slices that ALDS tries."""
 

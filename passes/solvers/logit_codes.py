@@ -139,17 +139,17 @@ def code_logits(
     if training is not None:
         size = min(training.batch_rows, len(fit.rows))
         total = round(training.epochs * len(fit.rows) / size)
-    optimizer = Adam(fit, training, total) if training is not None and total else None
-    for i in range(_ROUNDS if optimizer else 1):
+    trainer = Trainer(fit, training, total) if training is not None and total else None
+    for i in range(_ROUNDS if trainer else 1):
         before = (fit.held_out(), fit.state()) if i else kept
         fit.recode()
         now = fit.held_out()
         if now > before[0]:
             fit.restore(before[1])  # codes of few rows: those held out know better
             now = before[0]
-        if optimizer:
+        if trainer:
             for _ in range(total * i // _ROUNDS, total * (i + 1) // _ROUNDS):
-                optimizer.step()
+                trainer.step()
             now = fit.held_out()
         if now < kept[0]:
             kept = (now, fit.state())
@@ -235,11 +235,10 @@ class Fit:
         return [c.clone() for c in self.codebooks], self.maps.clone(), self.bias.clone()
 
     def restore(self, state: State) -> None:
-        self.codebooks, self.maps, self.bias = (
-            [c.clone() for c in state[0]],
-            state[1].clone(),
-            state[2].clone(),
-        )
+        # in place: they are what is trained
+        for tensor, value in zip((*self.codebooks, self.bias), (*state[0], state[2]), strict=True):
+            tensor.copy_(value)
+        self.maps = state[1].clone()
 
     def logits(self, rows: Tensor) -> Tensor:
         """``[V, rows]``."""
@@ -292,7 +291,7 @@ class Fit:
         new[self.alone] = old[self.alone]
         if self.token_bias:
             now = expected.gather(1, new.unsqueeze(1)).squeeze(1)
-            self.bias = self.bias + ((seen + few) / (now + few)).log()
+            self.bias += ((seen + few) / (now + few)).log()
         self.maps[stage] = new
 
     def result(self, divergences: tuple[float, ...]) -> LogitCodes:
@@ -308,40 +307,32 @@ class Fit:
         return LogitCodes(codes, bias, divergences)
 
 
-class Adam:
-    """Steps down the gradient of the divergence (Kingma and Ba 2015), over rows in random order."""
+class Trainer:
+    """Steps of Adam down the gradient of the divergence, over rows in random order."""
 
     def __init__(self, fit: Fit, training: Training, total: int) -> None:
-        self.fit, self.total, self.done = fit, total, 0
+        self.fit = fit
         self.size = min(training.batch_rows, len(fit.rows))
-        mean_square = torch.cat(fit.codebooks).square().mean()
-        self.rate = training.learning_rate * float(mean_square.sqrt())
         self.order = torch.empty(0, dtype=torch.long)
-        self.moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in self._variables()]
-
-    def _variables(self) -> list[Tensor]:
-        return [*self.fit.codebooks, *([self.fit.bias] if self.fit.token_bias else [])]
+        self.variables = [*fit.codebooks, *([fit.bias] if fit.token_bias else [])]
+        rate = training.learning_rate * float(torch.cat(fit.codebooks).square().mean().sqrt())
+        self.optimizer = torch.optim.Adam(self.variables, rate, _BETAS, eps=1e-12)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total)
 
     def step(self) -> None:
         fit = self.fit
         if len(self.order) < self.size:
             self.order = fit.rows[torch.randperm(len(fit.rows), generator=fit.generator)]
         rows, self.order = self.order[: self.size], self.order[self.size :]
-        rate = self.rate * 0.5 * (1 + math.cos(math.pi * self.done / self.total))
-        self.done += 1
-        corrections = [1 - beta**self.done for beta in _BETAS]
-        for variable, gradient, (first, second) in zip(
-            self._variables(), self.gradients(rows), self.moments, strict=True
-        ):
-            first.lerp_(gradient, 1 - _BETAS[0])
-            second.lerp_(gradient.square(), 1 - _BETAS[1])
-            size = (second / corrections[1]).sqrt_().add_(1e-12)
-            variable.addcdiv_(first, size, value=-rate / corrections[0])
+        for variable, gradient in zip(self.variables, self.gradients(rows), strict=True):
+            variable.grad = gradient
+        self.optimizer.step()
+        self.schedule.step()
 
     def gradients(self, rows: Tensor) -> list[Tensor]:
         """Of the mean divergence of these rows, by codebooks and biases."""
         fit = self.fit
-        gradients = [torch.zeros_like(v) for v in self._variables()]
+        gradients = [torch.zeros_like(v) for v in self.variables]
         for part in fit.head.parts(rows):
             difference = fit.logits(part).softmax(0).sub_(fit.head.probabilities(part)).div_(len(rows))
             y = fit.y[:, part].mT

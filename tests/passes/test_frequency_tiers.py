@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import compress
 from compress.api import pass_table
-from compress.data import load_calibration
 from compress.errors import CalibrationError, RecipeError
 from compress.passes.frequency_tiers import FrequencyTiers
 from compress.passes.mixed_precision import MixedPrecision
@@ -19,7 +18,7 @@ from compress.passes.quantize_weights import QuantizeWeights
 from compress.pipeline import Context
 from compress.recipe import Recipe
 from compress.sensitivity import logits, output_layers
-from compress.testing import MODELS, assert_close, make
+from compress.testing import MODELS, assert_close, calibrated_lm, make
 
 VOCABULARY = 200
 
@@ -42,12 +41,7 @@ class Model(nn.Module):
 
 @functools.cache
 def captured(bias: bool) -> tuple[compress.Graph, Context]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Model(bias).eval()
-    graph = compress.capture(model, inputs=["ids:int64[1,seq=12]"])
-    ids = torch.randint(0, VOCABULARY, (20, 12), generator=torch.Generator().manual_seed(1))
-    return graph, Context(graph, load_calibration(ids, inputs=graph.inputs))
+    return calibrated_lm(lambda: Model(bias), VOCABULARY, 20)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -82,7 +82,9 @@ def test_labels_do_not_matter_to_predictions() -> None:
 
 
 def test_a_mini_batch_of_more_samples_than_there_are_is_one_of_all() -> None:
-    data = _Data((torch.arange(60.0).unsqueeze(1),), None, None)  # type: ignore[arg-type]
+    data = _Data(
+        (torch.arange(60.0).unsqueeze(1),), None, compress.capture(make("products"), inputs=["1,24"])
+    )
     fitting, held_out = data.split()
     assert [len(part) for part in (fitting, held_out)] == [48, 12]
     assert [len(fitting.multiple_of(size)) for size in (50, 20)] == [48, 40]

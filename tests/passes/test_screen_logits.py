@@ -15,7 +15,7 @@ from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.screen_logits import ScreenLogits
 from compress.passes.vq_logits import VqLogits
 from compress.pipeline import Context
-from compress.testing import MODELS, make
+from compress.testing import MODELS, calibrated_lm, make
 
 VOCABULARY = 300
 
@@ -34,12 +34,7 @@ class Model(nn.Module):
 
 @functools.cache
 def captured(bias: bool) -> tuple[compress.Graph, Context]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Model(bias).eval()
-    graph = compress.capture(model, inputs=["ids:int64[1,seq=12]"])
-    ids = torch.randint(0, VOCABULARY, (60, 12), generator=torch.Generator().manual_seed(1))
-    return graph, Context(graph, load_calibration(ids, inputs=graph.inputs))
+    return calibrated_lm(lambda: Model(bias), VOCABULARY, 60)
 
 
 @pytest.mark.parametrize("bias", [False, True])

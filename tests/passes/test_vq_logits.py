@@ -18,7 +18,7 @@ from compress.passes.recover import Recover
 from compress.passes.screen_logits import ScreenLogits
 from compress.passes.vq_logits import VqLogits
 from compress.pipeline import Context, Pass, PassResult
-from compress.testing import MODELS, assert_close, make
+from compress.testing import MODELS, assert_close, calibrated_lm, make
 
 VOCABULARY = 300
 
@@ -42,12 +42,7 @@ class Model(nn.Module):
 
 @functools.cache
 def captured(bias: bool) -> tuple[compress.Graph, Context]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Model(bias).eval()
-    graph = compress.capture(model, inputs=["ids:int64[1,seq=12]"])
-    ids = torch.randint(0, VOCABULARY, (40, 12), generator=torch.Generator().manual_seed(1))
-    return graph, Context(graph, load_calibration(ids, inputs=graph.inputs))
+    return calibrated_lm(lambda: Model(bias), VOCABULARY, 40)
 
 
 def coded(bias: bool = True, **options: Any) -> PassResult:

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.errors import PassError
 from compress.passes.solvers.chita import (
     Block,
+    Method,
     Quadratic,
     _rows,
     back_solve,
@@ -26,6 +27,7 @@ from compress.passes.solvers.chita import (
     solve,
 )
 from compress.passes.solvers.fisher import Gradients
+from compress.passes.solvers.masks import Scope
 from compress.testing import assert_close
 
 BLOCKS: tuple[Block, ...] = ("row", "model")
@@ -181,7 +183,7 @@ def test_saliency_is_optimal_where_weights_do_not_interact() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None:
+def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: Scope) -> None:
     problem = example(8, 0, rows=7, columns=11)
     judged: list[float] = []
 
@@ -189,7 +191,7 @@ def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None
         judged.append(value(problem, flat(values), "model"))
         return judged[-1]
 
-    found = solve(problem.weights, problem.gradients, 0.6, scope=scope, judge=judge)  # type: ignore[arg-type]
+    found = solve(problem.weights, problem.gradients, 0.6, scope=scope, judge=judge)
     assert value(problem, flat(found.values), "model") == min(judged)
     removed = [int((v == 0).sum()) for v in found.values]
     if scope == "layer":
@@ -198,10 +200,10 @@ def test_solve_counts_exactly_and_takes_what_the_judge_likes(scope: str) -> None
 
 
 @pytest.mark.parametrize("method", ["obs", "obd", "magnitude", "thresholding"])
-def test_solve_by_one_method(method: str) -> None:
+def test_solve_by_one_method(method: Method) -> None:
     problem = example(8, 0, rows=7, columns=11)
     weights, gradients = problem.weights, problem.gradients
-    found = solve(weights, gradients, 0.6, method=method, ridge=0.1)  # type: ignore[arg-type]
+    found = solve(weights, gradients, 0.6, method=method, ridge=0.1)
     assert sum(int((v == 0).sum()) for v in found.values) == round(0.6 * 83)
     assert found.support in (method, "magnitude")
     assert found.block == ("row" if method == "obs" else "model")
@@ -252,15 +254,15 @@ def test_a_training_step_is_the_one_the_judge_likes() -> None:
 
 
 @pytest.mark.parametrize("method", ["obs", "obd"])
-def test_a_ridge_below_rounding(method: str) -> None:
+def test_a_ridge_below_rounding(method: Method) -> None:
     """The same five samples twenty times: their products have no inverse."""
     generator = torch.Generator().manual_seed(0)
     x, delta = (torch.randn(5, 1, k, generator=generator).repeat(20, 1, 1) for k in (60, 8))
     weight = torch.randn(8, 60, generator=generator)
-    found = solve((weight,), (Gradients(x, delta),), 0.5, method=method, ridge=1e-9)  # type: ignore[arg-type]
+    found = solve((weight,), (Gradients(x, delta),), 0.5, method=method, ridge=1e-9)
     assert bool(found.values[0].isfinite().all())
     with pytest.raises(PassError, match="not finite"):
-        solve((weight,), (Gradients(x / 0, delta),), 0.5, method=method, ridge=1e-9)  # type: ignore[arg-type]
+        solve((weight,), (Gradients(x / 0, delta),), 0.5, method=method, ridge=1e-9)
 
 
 def test_ridge_is_relative_to_the_fisher_information() -> None:

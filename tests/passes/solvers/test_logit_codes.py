@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.passes.solvers.logit_codes import Adam, Fit, Head, LogitCodes, Training, code_logits
+from compress.passes.solvers.logit_codes import Fit, Head, LogitCodes, Trainer, Training, code_logits
 
 
 def head(
@@ -109,9 +109,8 @@ def test_gradients_are_those_of_autograd() -> None:
     dense = head()
     fit = Fit(dense, True, 0)
     fit.start(4, 2, 0)
-    adam = Adam(fit, Training(1.0, 16), 10)
     rows = torch.arange(16)
-    ours = adam.gradients(rows)
+    ours = Trainer(fit, Training(1.0, 16), 10).gradients(rows)
     variables = [v.clone().requires_grad_() for v in (*fit.codebooks, fit.bias)]
     z = (
         sum((b @ fit.y[:, rows])[m] for b, m in zip(variables[:-1], fit.maps, strict=True))

@@ -38,6 +38,7 @@ class Draft(Protocol):
     def form(self) -> str: ...
     @property
     def value(self) -> Encoded | Chain: ...
+    def on_disk(self) -> Draft: ...
 
 
 Drafts = Callable[[Tensor, Tensor | None, Tensor | None], Iterable[Draft]]
@@ -212,9 +213,7 @@ def profile(
         for draft in drafts(weight, diag, H):
             drafted += draft.value.nbytes
             errors[site.weight].append(output_error(weight, draft.value.decode(), seen))
-            if drafted > max_memory and isinstance(draft.value, Chain):
-                draft = dataclasses.replace(draft, value=draft.value.on_disk())  # type: ignore[type-var]
-            found[site.weight].append(draft)
+            found[site.weight].append(draft.on_disk() if drafted > max_memory else draft)
 
     progress.start("drafting each layer in each form", len(sites))
     sweep(

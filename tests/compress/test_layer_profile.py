@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import compress
 from compress.data import load_calibration
+from compress.layer_profile import LayerProfile, Point, Profile, profile, spearman
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.solvers.drafts import drafts
 from compress.pipeline import Context
-from compress.profile import LayerProfile, Point, Profile, profile, spearman
 from compress.sensitivity import Damage, held_out
 from compress.testing import MODELS, make
 
