@@ -65,6 +65,9 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--input", "-i", "inputs", multiple=True, metavar="SPEC",
                          help='An input: "1,3,32,32" or "ids:int64[1,seq=128]". Axis 0 is the batch and '
                               "dynamic unless written !1; so is a named axis. Once for each input."),
+            click.option("--kv-cache/--no-kv-cache", default=None,
+                         help="Keys and values of earlier tokens as inputs and outputs, to generate text. "
+                              "Default: for folders of causal language models, unless --input is given."),
             click.option("--trust", is_flag=True,
                          help="Load files that can execute code (pickled modules, exported programs)."),
         ]
@@ -122,6 +125,9 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="run: weights stay packed in memory. load: decoded once when the file is loaded, at float speed.",
 )
 @click.option(
+    "--last-logits", is_flag=True, help="Of a language model, logits of the last position alone: to generate."
+)
+@click.option(
     "--eval",
     "metric",
     metavar="MODULE:CALLABLE",
@@ -149,10 +155,10 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--threads", default=1, show_default=True, help="Threads of the runtime while timing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
 def run(
-    source: str, model: str | None, inputs: tuple[str, ...], trust: bool, recipe: str, output: str | None,
-    target: str | None, decode: Any, calibration: str | None, tokenizer: str | None, normalize: str | None,
-    samples: int, metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str,
-    threads: int, max_memory: str, seed: int, quiet: bool,
+    source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool, recipe: str,
+    output: str | None, target: str | None, decode: Any, last_logits: bool, calibration: str | None,
+    tokenizer: str | None, normalize: str | None, samples: int, metric: str | None, max_drop: float | None,
+    min_speedup: float | None, batch_sizes: str, threads: int, max_memory: str, seed: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
@@ -178,7 +184,8 @@ def run(
         result = trusting(
             lambda trusted: compress.run(
                 source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
-                tokenizer=tokenizer, normalize=norm, samples=samples, max_memory=memory, progress=progress,
+                kv_cache=kv_cache, last_logits=last_logits, tokenizer=tokenizer, normalize=norm,
+                samples=samples, max_memory=memory, progress=progress,
             ),
             trust,
             progress,
@@ -253,9 +260,9 @@ _FOR_SENSITIVITY = ("picture", "calibration", "tokenizer", "normalize", "samples
 @_data_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    source: str, model: str | None, inputs: tuple[str, ...], trust: bool, sensitivity: bool,
-    picture: Path | None, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
-    max_memory: str, seed: int, as_json: bool,
+    source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool,
+    sensitivity: bool, picture: Path | None, calibration: str | None, tokenizer: str | None,
+    normalize: str | None, samples: int, max_memory: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what MODEL is and which layers it has.
 
@@ -263,7 +270,7 @@ def inspect(
     for the layers.
     """
     import compress
-    from compress.examples import first_sample
+    from compress.examples import described, first_sample
     from compress.picture import check
     from compress.report import size_words
     from compress.sniff import sniff
@@ -280,10 +287,15 @@ def inspect(
     data: dict[str, Any] = {"kind": found.kind.value, "detail": found.detail}
     example, items = None, None
     if calibration is not None:
-        example, items = first_sample(calibration, source) if not inputs else (None, calibration)
+        known = bool(inputs) or described(source, kv_cache)
+        example, items = (None, calibration) if known else first_sample(calibration, source)
     try:
         graph = trusting(
-            lambda ok: compress.capture(source, example, inputs=inputs, model=model, trust=ok), trust, None
+            lambda ok: compress.capture(
+                source, example, inputs=inputs, model=model, trust=ok, kv_cache=kv_cache
+            ),
+            trust,
+            None,
         )
     except CompressError as error:
         if as_json:

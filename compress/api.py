@@ -19,9 +19,11 @@ from compress.artifact import Artifact, Verification
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing, load_calibration
 from compress.errors import ExportError, ModelFileError, OutputError, PassError, RecipeError
-from compress.examples import first_sample
+from compress.examples import described, first_sample
 from compress.graph import Graph
+from compress.head import last_position
 from compress.inputs import InputSpec
+from compress.kv_cache import has_cache
 from compress.layer_profile import Profile
 from compress.layer_profile import profile as profile_graph
 from compress.pipeline import Context, Pass, Pipeline
@@ -74,6 +76,8 @@ def run(
     inputs: Sequence[str | InputSpec] = (),
     model: str | Callable[[], torch.nn.Module] | None = None,
     trust: bool = False,
+    kv_cache: bool | None = None,
+    last_logits: bool = False,
     tokenizer: str | Path | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     samples: int = 512,
@@ -90,7 +94,9 @@ def run(
             a path, or "module:callable"; see `compress.data.load_calibration`.
         eval_fn: metric of a module, higher is better; its values are put in the report.
         seed: of everything random.
-        inputs, model, trust: as for `capture`.
+        inputs, model, trust, kv_cache: as for `capture`.
+        last_logits: once all is done, original and compressed model give the logits of the last position
+            alone (`compress.head.last_position`): all that generating needs. `eval_fn` comes before that.
         tokenizer, normalize, samples: as for `load_calibration`.
         max_memory: bytes of activations kept in memory while calibrating, and of gradients that are
             all needed at once.
@@ -104,9 +110,9 @@ def run(
     # the recipe first: a typing error in it should not cost a minute of loading
     plan = _recipe(recipe)
     pipeline, resolved = _pipeline(plan, recipe)
-    if example_inputs is None and not inputs and calibration is not None and not isinstance(source, Graph):
+    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
-    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust)
+    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
     data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
     context = Context(reference, data, seed, max_memory, progress, _layer_latency)
     graph, reports = pipeline.run(reference, context)
@@ -128,6 +134,8 @@ def run(
                 "original": float(eval_fn(reference.module())),
                 "compressed": float(eval_fn(graph.decoded().module())),
             }
+    if last_logits:
+        graph, reference = last_position(graph), last_position(reference)
     report.seconds = time.perf_counter() - began
     return Result(graph, reference, report, _some(data, reference))
 
@@ -224,6 +232,7 @@ def profile(
     inputs: Sequence[str | InputSpec] = (),
     model: str | Callable[[], torch.nn.Module] | None = None,
     trust: bool = False,
+    kv_cache: bool | None = None,
     tokenizer: str | Path | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     samples: int = 512,
@@ -235,8 +244,8 @@ def profile(
     Batch normalisation is folded first, as recipes do.
 
     Args:
-        source, example_inputs, calibration, seed, inputs, model, trust, tokenizer, normalize, samples,
-            max_memory, progress: as for `run`.
+        source, example_inputs, calibration, seed, inputs, model, trust, kv_cache, tokenizer, normalize,
+            samples, max_memory, progress: as for `run`.
 
     Raises:
         CompressError: as for `run`.
@@ -244,9 +253,9 @@ def profile(
     from compress.passes.cleanup import Cleanup
     from compress.passes.solvers.drafts import drafts, ranks
 
-    if example_inputs is None and not inputs and calibration is not None and not isinstance(source, Graph):
+    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
-    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust)
+    reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
     data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
     graph = Cleanup.model_validate({}).apply(reference, Context(reference)).graph
     return profile_graph(graph, drafts, ranks, data, max_memory=max_memory, progress=progress)
@@ -432,11 +441,15 @@ def _calibration(
 
 
 def _some(data: CalibrationData | None, reference: Graph) -> list[tuple[Tensor, ...]]:
-    """Up to 128 samples to verify with, eight at a time: outputs can be much larger than inputs."""
+    """Up to 128 samples to verify with, eight at a time: outputs can be much larger than inputs.
+
+    Of a language model 16, one at a time.
+    """
     batches: list[tuple[Tensor, ...]] = []
     every = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in reference.inputs)
+    size = 1 if has_cache(reference.inputs) else 8
     for batch in data or ():
-        parts = [t.split(8) for t in batch.inputs] if every else [(t,) for t in batch.inputs]
+        parts = [t.split(size) for t in batch.inputs] if every else [(t,) for t in batch.inputs]
         batches.extend(zip(*parts, strict=True))
         if len(batches) >= 16:
             break

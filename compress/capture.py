@@ -12,6 +12,7 @@ import inspect
 import itertools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch.utils import _pytree as pytree
 from compress.aliasing import keep_state, writes_behind_names
 from compress.errors import CaptureError, InputSpecError, ModelFileError
 from compress.graph import Graph
-from compress.inputs import InputSpec, parse_input_spec
-from compress.loading import LoadedModel, load_model, torchscript_to_module
+from compress.hf import causal_lm_folder
+from compress.inputs import InputSpec, check_input_specs, parse_input_spec, summands
+from compress.kv_cache import cached, is_causal_lm
+from compress.loading import load_model, torchscript_to_module
 from compress.numerics import sqnr_db
 from compress.progress import quiet
 
@@ -45,6 +48,7 @@ def capture(
     inputs: Sequence[str | InputSpec] = (),
     model: str | Callable[[], torch.nn.Module] | None = None,
     trust: bool = False,
+    kv_cache: bool | None = None,
 ) -> Graph:
     """Capture a model as a `Graph`.
 
@@ -57,6 +61,9 @@ def capture(
             dynamic axes of `example_inputs`, one for each.
         model: where the file holds only weights, how to build the module.
         trust: allow files whose loading can execute code.
+        kv_cache: capture a causal language model of transformers with keys and values of earlier tokens as
+            inputs and outputs (`compress.kv_cache`). By default so for a Hugging Face folder, unless
+            inputs are given.
 
     Raises:
         ModelFileError, UntrustedFileError: the file cannot or must not be loaded.
@@ -67,6 +74,8 @@ def capture(
         return source
     meta: dict[str, Any] = {"source": type(source).__name__}
     specs = [parse_input_spec(s) if isinstance(s, str) else s for s in inputs]
+    check_input_specs(specs)
+    described = bool(specs) or example_inputs is not None
     module: Any = source
     if isinstance(source, str | Path):
         loaded = load_model(source, model=model, trust=trust)
@@ -80,8 +89,25 @@ def capture(
         if isinstance(module, Graph):  # a compressed model: captured long ago
             module.meta.update({key: value for key, value in meta.items() if value})
             return module
-        if not specs and example_inputs is None:
-            specs = _hinted(loaded)
+        if not described:
+            specs = [parse_input_spec(hint) for hint in loaded.input_hints]
+            if kv_cache is None and causal_lm_folder(Path(source)):
+                kv_cache = is_causal_lm(module)
+    if kv_cache:
+        if described:
+            raise InputSpecError(
+                "a model captured with a key-value cache has inputs of its own, and others were given",
+                fix="leave them out, or capture it without: --no-kv-cache (kv_cache=False)",
+            )
+        if not isinstance(module, torch.nn.Module):
+            raise CaptureError(
+                f"an {type(module).__name__} cannot be captured with a key-value cache",
+                expected="a causal language model of transformers",
+            )
+        with cached(module) as example:
+            graph = capture(module, example.inputs, inputs=example.specs)
+        meta["kv_cache"] = True
+        return replace(graph, inputs=example.specs, meta={**graph.meta, **meta})
     if isinstance(module, torch.export.ExportedProgram):
         if not specs and example_inputs is None and module.example_inputs is not None:
             # a program's own example inputs keep its signature; which axes vary is in its ranges
@@ -109,10 +135,6 @@ def capture(
             part.training = training
     _prove(graph, expected, args, kwargs)
     return graph
-
-
-def _hinted(loaded: LoadedModel) -> list[InputSpec]:
-    return [parse_input_spec(hint) for hint in loaded.input_hints]
 
 
 def _examples(
@@ -154,14 +176,21 @@ def _examples(
 
 def _widen(example: Any, specs: list[InputSpec]) -> Any:
     """Repeat dynamic axes of size 1: `torch.export` would take the 1 for a constant."""
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    sizes = {
+        symbol: max(2, tensor.shape[axis])
+        for tensor, spec in zip(tensors, specs, strict=True)
+        for axis, symbol in spec.dynamic
+    }
     remaining = iter(specs)
 
     def widen(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        for axis, _ in next(remaining).dynamic:
-            if value.shape[axis] == 1:
-                value = torch.cat([value, value], dim=axis)
+        for axis, symbol in next(remaining).dynamic:
+            size = sum(sizes[part] for part in summands(symbol))
+            if size != value.shape[axis] and ("+" in symbol or value.shape[axis] == 1):
+                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
         return value
 
     return pytree.tree_map(widen, example)

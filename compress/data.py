@@ -14,6 +14,7 @@ import gzip
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from compress.data_sources import ImageTable, Table, open_memory, open_npy, open
 from compress.data_text import open_text
 from compress.errors import CalibrationError, CompressError
 from compress.inputs import InputSpec
+from compress.kv_cache import has_cache, with_empty_past, without_past
 
 __all__ = ["NO_CALIBRATION", "Batch", "CalibrationData", "describe_missing", "load_calibration"]
 
@@ -72,6 +74,15 @@ class CalibrationData:
         """The inputs of the batches without labels; re-iterable like the data itself."""
         return _Inputs(self)
 
+    def extended(self, add: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> CalibrationData:
+        """The same data with other inputs made from those of each batch."""
+
+        def make(index: int) -> Batch:
+            batch = self._make(index)
+            return replace(batch, inputs=add(batch.inputs))
+
+        return CalibrationData(make, self._sizes, self.description, self.sha256)
+
     def __repr__(self) -> str:
         return f"CalibrationData({self.description}, {len(self)} batches)"
 
@@ -93,6 +104,7 @@ def load_calibration(
     batch_size: int = 32,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     seed: int = 0,
+    causal: bool = False,
 ) -> CalibrationData:
     """Calibration data from a path, a "module:callable", arrays, or any iterable of items.
 
@@ -111,11 +123,19 @@ def load_calibration(
         batch_size: samples per batch, the last one may have fewer.
         normalize: mean and std per channel, for images only.
         seed: of the random choice.
+        causal: the model is a causal one, so text is cut into windows even if it takes a mask; models with a
+            key-value cache always are, and their cache is empty.
 
     Raises:
         CalibrationError: the source cannot be read, is empty, or does not fit `inputs`.
         MissingExtra: a package that reads this kind of source is not installed.
     """
+    if has_cache(inputs):
+        data = load_calibration(
+            source, inputs=without_past(inputs), tokenizer=tokenizer, samples=samples, batch_size=batch_size,
+            normalize=normalize, seed=seed, causal=True,
+        )  # fmt: skip
+        return data.extended(lambda given: with_empty_past(inputs, given))
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             raise CalibrationError(f"{name} is {value}", expected="1 or more")
@@ -125,7 +145,7 @@ def load_calibration(
             f"{scalars[0]} has no axes" if scalars else "the model has no inputs",
             expected="inputs whose axis 0 is the batch",
         )
-    loader = _Loader(tuple(inputs), tokenizer, samples, batch_size, normalize, seed)
+    loader = _Loader(tuple(inputs), tokenizer, samples, batch_size, normalize, seed, causal)
     if isinstance(source, (str, Path)):
         return loader.path(source)
     return loader.value(source, f"a Python {type(source).__name__}")
@@ -142,9 +162,10 @@ class _Loader:
         batch_size: int,
         normalize: tuple[Sequence[float], Sequence[float]] | None,
         seed: int,
+        causal: bool,
     ) -> None:
         self.specs, self.tokenizer, self.normalize = specs, tokenizer, normalize
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.samples, self.batch_size, self.seed, self.causal = samples, batch_size, seed, causal
 
     def path(self, source: str | Path) -> CalibrationData:
         """A file, a folder, or "module:callable" where nothing of that name exists."""
@@ -168,7 +189,7 @@ class _Loader:
         elif path.suffix == ".py":
             raise CalibrationError(f"{path} is a Python file", fix=f"name a function in it: {path}:batches")
         else:
-            table = open_text(path, self.specs, self.tokenizer)
+            table = open_text(path, self.specs, self.tokenizer, causal=self.causal)
         return self.table(table, path.name, lambda: file_sha256([path]))
 
     def named(self, source: str) -> CalibrationData:

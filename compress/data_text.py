@@ -1,9 +1,9 @@
 """Calibration samples from a text file and a tokenizer.
 
 Two ways, chosen by the model's inputs. With an attention mask (an encoder): every non-empty line is one
-sample, truncated and padded to the spec's length, special tokens included. With ids alone (a causal model):
-the tokens of the text, without special tokens, are cut into windows of the spec's length; no padding, a last
-incomplete window is dropped.
+sample, truncated and padded to the spec's length, special tokens included. With ids alone, or for a model
+known to be causal: the tokens of the text, without special tokens, are cut into windows of the spec's length;
+no padding, a last incomplete window is dropped.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class WindowTable:
 
 
 def open_text(
-    path: Path, specs: Sequence[InputSpec], tokenizer: str | Path | None
+    path: Path, specs: Sequence[InputSpec], tokenizer: str | Path | None, *, causal: bool = False
 ) -> LineTable | WindowTable:
     """The samples of a text file.
 
@@ -250,7 +250,7 @@ def open_text(
             expected="plain text, one sample per line",
             fix="write out the text field alone",
         )
-    kind = LineTable if roles.mask else WindowTable
+    kind = LineTable if roles.mask and not causal else WindowTable
     return kind(path, specs, load_tokenizer(Path(tokenizer)), roles)
 
 

@@ -14,8 +14,20 @@ from torch import Tensor
 
 from compress.data import CalibrationData
 from compress.errors import CalibrationError
+from compress.graph import Graph
+from compress.hf import causal_lm_folder
 
 _LABELS = ("labels", "label", "y", "targets", "target")
+
+
+def described(source: object, kv_cache: bool | None) -> bool:
+    """Whether the model itself says what goes in, so that no sample is needed to capture it.
+
+    A graph does, and a model with a key-value cache.
+    """
+    if isinstance(source, Graph) or kv_cache:
+        return True
+    return kv_cache is None and isinstance(source, str | Path) and causal_lm_folder(Path(source))
 
 
 def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:

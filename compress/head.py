@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from compress.activations import QUANTIZERS
+from compress.errors import PassError
 from compress.graph import Graph, Site
-from compress.sensitivity import output_layers
+from compress.sensitivity import logits, output_layers
+
+_aten = torch.ops.aten
+_BY_POSITION = {
+    *(_aten.linear.default, _aten.add.Tensor, _aten.mul.Tensor, _aten.matmul.default, _aten.to.dtype),
+    *(_aten.slice.Tensor, _aten.index_select.default, _aten.cat.default, _aten.topk.default),
+    *(_aten.scatter.src, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.embedding.default),
+    *(_aten.index.Tensor, _aten.tanh.default, _aten.div.Tensor, _aten.clone.default, operator.getitem),
+    *QUANTIZERS,
+}
+"""Operators of output heads, which work on the last axis: a position's logits are those of its own values."""
 
 _INDICES = (torch.uint8, torch.int16, torch.int32)
 
@@ -20,6 +33,62 @@ def heads(graph: Graph, sites: Iterable[Site]) -> list[Site]:
     """Those of the sites whose operator is a linear layer and gives a whole output of the model."""
     outputs = output_layers(graph, whole=True)
     return [site for site in sites if site.kind == "linear" and site.node in outputs]
+
+
+def last_position(graph: Graph) -> Graph:
+    """The graph with logits ``[batch, 1, V]``: those of the last position, and the head computed there alone.
+
+    Generating takes no others, and of a long prompt they are most of the memory.
+
+    Raises:
+        PassError: no output is the logits of positions, or more than the head lies between.
+    """
+    graph = graph.copy()
+    order = {node: i for i, node in enumerate(graph.ops.nodes)}
+    varies: set[fx.Node] = set()
+    for node in order:
+        if node.op == "placeholder" or varies.intersection(node.all_input_nodes):
+            varies.add(node)
+    outputs: Any = graph.ops.output_node().args[0]
+    start = _logits_output(graph)
+    head: set[fx.Node] = set()
+    open_ends = {start}
+    while True:
+        node = max(open_ends, key=order.__getitem__)
+        passed = any(n.target is _aten.linear.default for n in head)
+        if len(open_ends) == 1 and passed and node.target is not _aten.linear.default:
+            break
+        if node.target not in _BY_POSITION or (node in outputs and node is not start):
+            raise PassError(
+                f"the logits depend on other positions by {node.name}, or on what is an output itself",
+                expected="an output head whose logits are those of each position alone",
+                fix="take the logits of all positions: without --last-logits (last_logits=False)",
+            )
+        head.add(node)
+        open_ends = (open_ends - {node}) | varies.intersection(node.all_input_nodes)
+    hidden = node
+    with graph.ops.inserting_after(hidden):
+        last = graph.ops.call_function(_aten.slice.Tensor, (hidden, 1, -1, 2**63 - 1))
+    last.meta["rank"] = 3
+    for node in head:
+        node.replace_input_with(hidden, last)
+    return graph
+
+
+def _logits_output(graph: Graph) -> fx.Node:
+    outputs: Any = graph.ops.output_node().args[0]
+    names = [name for name in graph.output_names if name is not None]
+    if "logits" in graph.output_names:
+        node = outputs[graph.output_names.index("logits")]
+    else:
+        found = logits(graph)
+        node = outputs[found[0] if found else graph.output_names.index(names[0])]
+    if not isinstance(node, fx.Node) or node.meta.get("rank", 3) != 3:
+        raise PassError(
+            "no output of the model is the logits of positions, so there is no last one to take",
+            expected="a language model that gives [batch, seq, vocabulary]",
+        )
+    return node
 
 
 def trunk(graph: Graph, site: Site) -> Graph:

@@ -45,6 +45,15 @@ def transformer_folder(folder: Path) -> Path:
     )
 
 
+def causal_lm_folder(folder: Path) -> bool:
+    """Whether this is the folder of a causal language model, by what its config.json says."""
+    if not (folder / "config.json").is_file():
+        return False
+    settings = _read_json(folder / "config.json", dict)
+    names = [str(name) for name in settings.get("architectures") or []]
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files `from_pretrained` takes: safetensors if there are any, else pytorch_model*.bin."""
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -7,7 +7,8 @@ The written form, as the command line takes it::
     ids:int64[1,seq=128]    axis 1 is dynamic, called "seq", 128 in the example
 
 Axis 0 is the batch: dynamic under the name "batch" unless written ``!1`` (fixed) or ``other=1`` (renamed).
-A dynamic name means the same size wherever it appears, in one input or across inputs.
+A dynamic name means the same size wherever it appears, in one input or across inputs. A sum of names,
+``mask:int64[1,past+seq=48]``, is an axis whose size is that of others together.
 ``str(spec)`` gives the written form back.
 """
 
@@ -121,7 +122,7 @@ class InputSpec:
         for axis, symbol in self.dynamic:
             if not 0 <= axis < len(self.shape):
                 raise InputSpecError(f"{what} names axis {axis} {symbol!r}, but has {len(self.shape)} axes")
-            if not symbol.isidentifier() or keyword.iskeyword(symbol):
+            if not _is_name(symbol):
                 raise InputSpecError(
                     f"{what}: {symbol!r} cannot name an axis",
                     expected="an identifier",
@@ -156,15 +157,19 @@ class InputSpec:
         """The shape with dynamic axes at `sizes`; names this input does not have are ignored.
 
         Raises:
-            InputSpecError: a size below 1.
+            InputSpecError: a size below 0; 0 is what a cache starts with.
         """
-        sizes = sizes or {}
-        shape = tuple(sizes.get(self.symbol(axis) or "", size) for axis, size in enumerate(self.shape))
-        if min(shape, default=1) < 1:
+        shape = list(self.shape)
+        for axis, symbol in self.dynamic:
+            found = [(sizes or {}).get(part) for part in summands(symbol)]
+            known = [size for size in found if size is not None]
+            if len(known) == len(found):
+                shape[axis] = sum(known)
+        if min(shape, default=1) < 0:
             raise InputSpecError(
-                f"input {self} was asked for at shape {list(shape)}", expected="sizes of 1 or more"
+                f"input {self} was asked for at shape {shape}", expected="sizes of 0 or more"
             )
-        return shape
+        return tuple(shape)
 
     def sample(
         self,
@@ -187,7 +192,7 @@ class InputSpec:
             A tensor of this dtype, shape `sized(sizes)`.
 
         Raises:
-            InputSpecError: a size below 1, or a `high` that is below 1 or beyond the dtype.
+            InputSpecError: a size below 0, or a `high` that is below 1 or beyond the dtype.
         """
         shape = self.sized(sizes)
         device = generator.device if generator is not None else torch.device("cpu")
@@ -259,7 +264,7 @@ def check_input_specs(specs: Sequence[InputSpec]) -> dict[str, int]:
     """Check that inputs fit together; returns the example size of every dynamic name.
 
     Raises:
-        InputSpecError: two inputs of the same name, or one dynamic name with two sizes.
+        InputSpecError: two inputs of the same name, one dynamic name with two sizes, or a wrong sum.
     """
     names: set[str] = set()
     sizes: dict[str, int] = {}
@@ -268,8 +273,58 @@ def check_input_specs(specs: Sequence[InputSpec]) -> dict[str, int]:
             raise InputSpecError(f"two inputs are called {spec.name!r}", fix="give each input its own name")
         names.add(spec.name or "")
         for axis, symbol in spec.dynamic:
-            _same_size(sizes, symbol, spec.shape[axis], f"input {spec.name or index}")
+            if len(summands(symbol)) == 1:
+                _same_size(sizes, symbol, spec.shape[axis], f"input {spec.name or index}")
+    for index, spec in enumerate(specs):
+        _check_sums(spec, index, sizes)
     return sizes
+
+
+def _check_sums(spec: InputSpec, index: int, sizes: Mapping[str, int]) -> None:
+    what = f"input {spec.name or index}"
+    for axis, symbol in spec.dynamic:
+        parts = summands(symbol)
+        unknown = [part for part in parts if part not in sizes]
+        if unknown:
+            raise InputSpecError(
+                f"{what} has an axis {symbol}, but no axis is called {unknown[0]}",
+                expected="a sum of names of other axes",
+            )
+        total = sum(sizes[part] for part in parts)
+        if spec.shape[axis] != total:
+            shown = ", ".join(f"{part}={sizes[part]}" for part in parts)
+            raise InputSpecError(f"{what} has {symbol}={spec.shape[axis]}", expected=f"{total}, as {shown}")
+
+
+def summands(symbol: str) -> tuple[str, ...]:
+    """The names that the name of an axis is the sum of: ``past+seq`` of two, ``seq`` of one."""
+    return tuple(part.strip() for part in symbol.split("+"))
+
+
+def sizes_of(specs: Sequence[InputSpec], inputs: Sequence[Tensor]) -> dict[str, int]:
+    """The size of every named axis in these flat inputs; of a sum those of its parts alone."""
+    return {
+        symbol: tensor.shape[axis]
+        for spec, tensor in zip(specs, inputs, strict=True)
+        for axis, symbol in spec.dynamic
+        if len(summands(symbol)) == 1
+    }
+
+
+def cut(specs: Sequence[InputSpec], inputs: Sequence[Tensor], sizes: Mapping[str, int]) -> list[Tensor]:
+    """The first entries of flat inputs along named axes, as many as `sizes` says."""
+    sizes = {**sizes_of(specs, inputs), **sizes}
+    found = []
+    for spec, tensor in zip(specs, inputs, strict=True):
+        shape = spec.sized(sizes)
+        for axis, _ in spec.dynamic:
+            tensor = tensor.narrow(axis, 0, shape[axis])
+        found.append(tensor.contiguous())
+    return found
+
+
+def _is_name(symbol: str) -> bool:
+    return all(part.isidentifier() and not keyword.iskeyword(part) for part in summands(symbol))
 
 
 def _same_size(sizes: dict[str, int], symbol: str, size: int, what: str) -> None:
@@ -317,7 +372,7 @@ def _parse_dim(text: str, part: str, axis: int) -> tuple[int, str | None]:
     if not 1 <= size <= _LARGEST:
         raise _malformed(text, f"size {match['size'][:20]} is not between 1 and {_LARGEST}")
     symbol = match["symbol"].strip() if match["symbol"] is not None else None
-    if symbol is not None and (not symbol.isidentifier() or keyword.iskeyword(symbol)):
+    if symbol is not None and not _is_name(symbol):
         raise _malformed(text, f"{symbol!r} cannot name an axis")
     if symbol is None and axis == 0 and not match["fixed"]:
         symbol = BATCH

@@ -18,6 +18,8 @@ from compress.data import CalibrationData
 from compress.encoding import EncodedWeight
 from compress.errors import PassError
 from compress.graph import Graph, Site
+from compress.inputs import summands
+from compress.kv_cache import has_cache
 from compress.progress import Progress, Silent
 
 
@@ -261,16 +263,21 @@ def example_inputs(graph: Graph, sizes: dict[str, int], seed: int = 0) -> list[t
 
 
 def shapes_to_try(graph: Graph) -> list[dict[str, int]]:
-    """Two assignments of the dynamic dimensions, as different as the captured sizes allow."""
+    """Two assignments of the dynamic dimensions, as different as the captured sizes allow.
+
+    With a key-value cache a third one: one token, as in decoding.
+    """
     first: dict[str, int] = {}
     for spec in graph.inputs:
         for axis, symbol in spec.dynamic:
-            first.setdefault(symbol, max(2, spec.shape[axis]))
+            if len(summands(symbol)) == 1:
+                first.setdefault(symbol, max(2, spec.shape[axis]))
     if not first:
         return [{}]
     # smaller, not larger: a position table ends somewhere
     second = {s: (3 if s == "batch" else max(2, n // 2 + 1)) for s, n in first.items()}
-    return [{**first, **({"batch": 2} if "batch" in first else {})}, second]
+    found = [{**first, **({"batch": 2} if "batch" in first else {})}, second]
+    return [*found, {**second, "batch": 1, "seq": 1}] if has_cache(graph.inputs) else found
 
 
 @dataclass(frozen=True)

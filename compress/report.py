@@ -205,6 +205,8 @@ class Report:
 def speed_words(timing: Timing) -> str:
     """A timing in words; within its own spread (at least 5 %) it is no difference."""
     where = f"at batch {timing.sizes['batch']}" if "batch" in timing.sizes else "at fixed shape"
+    if "past" in timing.sizes:  # a key-value cache, which a prompt finds empty
+        where = f"{'decoding' if timing.sizes['past'] else 'prompt'} {where}"
     if abs(timing.speedup - 1) <= max(0.05, timing.spread):
         return f"same speed {where}"
     if timing.speedup > 1:

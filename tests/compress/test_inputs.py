@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import InputSpecError
-from compress.inputs import DTYPES, InputSpec, check_input_specs, parse_input_spec, parse_input_specs
+from compress.inputs import (
+    DTYPES,
+    InputSpec,
+    check_input_specs,
+    cut,
+    parse_input_spec,
+    parse_input_specs,
+    sizes_of,
+    summands,
+)
 
 GOOD = [
     ("1,3,32,32", None, torch.float32, (1, 3, 32, 32), {0: "batch"}),
@@ -191,7 +200,7 @@ def test_samples_have_the_spec(name: str) -> None:
 
 def test_sample_refuses_impossible_requests() -> None:
     spec = parse_input_spec("ids:int8[1,seq=4]")
-    for wrong in ({"high": 0}, {"high": 129}, {"sizes": {"seq": 0}}):
+    for wrong in ({"high": 0}, {"high": 129}, {"sizes": {"seq": -1}}):
         with pytest.raises(InputSpecError):
             spec.sample(None, **wrong)
 
@@ -211,3 +220,23 @@ def test_inputs_are_checked_together() -> None:
 def test_the_whole_range_of_a_byte_can_be_asked_for() -> None:
     assert parse_input_spec("x:uint8[64,64]").sample(None, high=256).dtype == torch.uint8
     assert parse_input_spec("x:int64[2]").sample(None, high=2**63 - 1).dtype == torch.int64
+
+
+def test_sums_of_sizes() -> None:
+    specs = parse_input_specs(["x:float32[1,past=3,8]", "mask:int64[1,past+seq=10]", "ids:int64[1,seq=7]"])
+    assert str(specs[1]) == "mask:int64[1,past+seq=10]"
+    assert specs[1].symbol(1) == "past+seq" and summands("past + seq") == ("past", "seq")
+    assert specs[1].sized({"past": 0, "seq": 2, "batch": 5}) == (5, 2)
+    assert specs[1].sized({"seq": 2}) == (1, 10)  # half of a sum says nothing
+    tensors = [spec.sample(None, sizes={"batch": 2, "past": 4, "seq": 6}) for spec in specs]
+    assert sizes_of(specs, tensors) == {"batch": 2, "past": 4, "seq": 6}
+    shapes = [tuple(t.shape) for t in cut(specs, tensors, {"seq": 1, "batch": 1})]
+    assert shapes == [(1, 4, 8), (1, 5), (1, 1)]
+    with pytest.raises(InputSpecError, match=r"past\+seq=11\n.*10, as past=3, seq=7"):
+        parse_input_specs(["x:float32[1,past=3,8]", "mask:int64[1,past+seq=11]", "ids:int64[1,seq=7]"])
+    with pytest.raises(InputSpecError, match="no axis is called past"):
+        parse_input_specs(["mask:int64[1,past+seq=11]", "ids:int64[1,seq=7]"])
+    with pytest.raises(InputSpecError, match="cannot name an axis"):
+        parse_input_spec("mask:int64[1,past+=11]")
+    with pytest.raises(InputSpecError, match="0 or more"):
+        specs[0].sized({"past": -1})
