@@ -128,6 +128,11 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--last-logits", is_flag=True, help="Of a language model, logits of the last position alone: to generate."
 )
 @click.option(
+    "--genai",
+    is_flag=True,
+    help="Make the folder of OUT one of onnxruntime-genai: its settings and the tokenizer beside the model.",
+)
+@click.option(
     "--eval",
     "metric",
     metavar="MODULE:CALLABLE",
@@ -156,13 +161,16 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool, recipe: str,
-    output: str | None, target: str | None, decode: Any, last_logits: bool, calibration: str | None,
-    tokenizer: str | None, normalize: str | None, samples: int, metric: str | None, max_drop: float | None,
-    min_speedup: float | None, batch_sizes: str, threads: int, max_memory: str, seed: int, quiet: bool,
+    output: str | None, target: str | None, decode: Any, last_logits: bool, genai: bool,
+    calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, metric: str | None,
+    max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int, max_memory: str,
+    seed: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
     from compress.api import check_output, target_of
+    from compress.exporters.genai import check as check_genai
+    from compress.exporters.genai import write as write_genai
     from compress.loading import resolve_callable
 
     began = time.perf_counter()
@@ -177,6 +185,8 @@ def run(
     target = target or target_of(output or "")
     stem = f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}"
     path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
+    if genai:
+        check_genai(path, Path(source), kv_cache)
     check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, metric))
     eval_fn = resolve_callable(metric, what="--eval") if metric else None
     with Watching(quiet) as progress:
@@ -215,6 +225,8 @@ def run(
         )
     report.seconds = time.perf_counter() - began
     written = report.write(path)
+    if genai:
+        written += write_genai(report.artifact, Path(source))
     _show(report, path, written, quiet)
     _check_goals(report.verification, max_drop, min_speedup)
 

@@ -258,6 +258,11 @@ def _explain(error: Exception, specs: list[InputSpec]) -> CaptureError:
     lowered = text.lower()
     if "data-dependent" in lowered or "guard on data" in lowered or "unbacked" in lowered:
         fix = "the branch depends on tensor values: use torch.where or torch.cond instead of Python if/for"
+    elif "cache_utils" in lowered:
+        fix = (
+            "a model of transformers gives out its cache: take it as tensors with kv_cache=True, or "
+            "leave it out with model.config.use_cache = False"
+        )
     elif "register a pytree" in lowered or "unhashable type" in lowered:  # the latter in torch 2.11
         fix = (
             "return tensors in a tuple, list or dict, or tell torch about the class: "

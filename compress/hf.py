@@ -73,6 +73,12 @@ def tokenizer_folder(folder: Path, inner: Path) -> Path | None:
     return None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is read from, and what says how it is used (special tokens, chat template)."""
+    names = (*_TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
+    return [folder / n for n in (*names, "chat_template.jinja") if (folder / n).is_file()]
+
+
 def load_transformer(folder: Path, notes: list[str]) -> nn.Module:
     """The model of a folder with config.json and weights: float32, eager attention, no cache, eval mode.
 

@@ -223,7 +223,7 @@ def _filled(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
         new_cache: Any = cache_utils.DynamicCache
         new_layer: Any = cache_utils.DynamicLayer
     except (ImportError, AttributeError) as error:
-        raise MissingExtra("transformers 4.56 or newer", "hf", "for key-value caches") from error
+        raise MissingExtra("transformers 5.0 or newer", "hf", "for key-value caches") from error
     cache = new_cache()
     for key, value in past:
         layer = new_layer()
