@@ -84,7 +84,7 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or "
                               "module:callable."),
             click.option("--tokenizer", metavar="PATH",
-                         help="tokenizer.json or a Hugging Face folder, for text calibration."),
+                         help="tokenizer.json or a Hugging Face folder, for text."),
             click.option("--normalize", metavar="MEAN/STD",
                          help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'),
             click.option("--samples", default=512, show_default=True, help="Calibration samples to use."),
@@ -135,14 +135,15 @@ def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--eval",
     "metric",
-    metavar="MODULE:CALLABLE",
-    help="Your metric: takes a model, returns a number, higher is better.",
+    metavar="perplexity:FILE|MODULE:CALLABLE",
+    help="perplexity:FILE, of a language model on a text. Or your metric: takes a model, returns a number, "
+    "higher is better.",
 )
 @click.option(
     "--max-drop",
     type=float,
     metavar="X",
-    help="Exit with 3 when the file's metric is more than X below the original's.",
+    help="Exit with 3 when the file's metric is worse than the original's by more than X.",
 )
 @click.option(
     "--min-speedup",
@@ -171,12 +172,12 @@ def run(
     from compress.api import check_output, target_of
     from compress.exporters.genai import check as check_genai
     from compress.exporters.genai import write as write_genai
-    from compress.loading import resolve_callable
 
     began = time.perf_counter()
     if max_drop is not None and metric is None:
         raise InputSpecError(
-            "--max-drop was given without --eval", fix="add --eval module:callable, your metric"
+            "--max-drop was given without --eval",
+            fix="add --eval perplexity:FILE for a language model, or --eval module:callable, your metric",
         )
     sizes = integers("--batch-sizes", batch_sizes)
     if min_speedup is not None and not sizes:
@@ -187,8 +188,14 @@ def run(
     path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
     if genai:
         check_genai(path, Path(source), kv_cache)
-    check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, metric))
-    eval_fn = resolve_callable(metric, what="--eval") if metric else None
+    evaluated = (metric or "").removeprefix(_PERPLEXITY)
+    check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, evaluated))
+    eval_fn = _metric(metric, tokenizer) if metric else None
+    if last_logits and isinstance(eval_fn, compress.Perplexity):
+        raise InputSpecError(
+            "a perplexity needs the logits of all positions, and --last-logits leaves those of one",
+            fix="measure it in a run without --last-logits; with it the rest of the model is the same",
+        )
     with Watching(quiet) as progress:
         progress.start("capture", 0)
         result = trusting(
@@ -196,6 +203,7 @@ def run(
                 source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
                 kv_cache=kv_cache, last_logits=last_logits, tokenizer=tokenizer, normalize=norm,
                 samples=samples, max_memory=memory, progress=progress,
+                check=eval_fn.prepare if isinstance(eval_fn, compress.Perplexity) else None,
             ),
             trust,
             progress,
@@ -410,6 +418,19 @@ def doctor() -> None:
 # -- pieces ---------------------------------------------------------------------------------------
 
 
+_PERPLEXITY = "perplexity:"
+
+
+def _metric(name: str, tokenizer: str | None) -> Any:
+    """What --eval names."""
+    import compress
+    from compress.loading import resolve_callable
+
+    if name.startswith(_PERPLEXITY):
+        return compress.Perplexity(name.removeprefix(_PERPLEXITY), tokenizer)
+    return resolve_callable(name, what="--eval")
+
+
 def _stored_results(verification: Any) -> dict[str, Any]:
     """What goes into the file: no timings, they differ from run to run; no infinities, JSON has none."""
     compared = [
@@ -417,11 +438,14 @@ def _stored_results(verification: Any) -> dict[str, Any]:
         for c in verification.comparisons
         if c.what == "file vs original"
     ]
-    metric = {
-        name: float(f"{value:.6g}") if math.isfinite(value) else str(value)
-        for name, value in verification.metric.items()
-    }
-    return {"compared": compared, "metric": metric, "inputs": verification.inputs}
+
+    def finite(values: dict[str, float]) -> dict[str, float | str]:
+        return {k: float(f"{v:.6g}") if math.isfinite(v) else str(v) for k, v in values.items()}
+
+    results = {"compared": compared, "metric": finite(verification.metric), "inputs": verification.inputs}
+    if verification.kl:
+        results["perplexity"] = {"text": verification.measured_on, "kl": finite(verification.kl)}
+    return results
 
 
 def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
@@ -446,6 +470,8 @@ def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None
                 f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
                 f"(speed-up {timing.speedup:.2f} ± {timing.spread:.2f})"
             )
+        if report.verification.measured_on:
+            click.echo(f"perplexity of {report.verification.measured_on}")
         if report.verification.unfused:
             click.echo(f"decoded on every call, so slow: {', '.join(report.verification.unfused)}")
         click.echo(f"wrote {path}, {', '.join(p.name for p in written)}")
@@ -477,9 +503,10 @@ def _show_profile(profile: Any) -> None:
 def _check_goals(verification: Any, max_drop: float | None, min_speedup: float | None) -> None:
     """Raise GoalMissed; the file stays, it is right, only not good enough."""
     if max_drop is not None:
-        drop = verification.metric["original"] - verification.metric["file"]
+        drop, name = verification.drop, verification.metric_name
         if not drop <= max_drop:
-            raise GoalMissed(f"the metric dropped by {drop:.4g}", expected=f"at most --max-drop {max_drop:g}")
+            moved = "rose" if verification.lower_is_better else "dropped"
+            raise GoalMissed(f"the {name} {moved} by {drop:.4g}", expected=f"at most --max-drop {max_drop:g}")
     if min_speedup is not None:
         first = verification.timings[0]
         if not first.speedup >= min_speedup:

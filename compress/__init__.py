@@ -18,6 +18,7 @@ from compress.errors import CompressError
 from compress.graph import Graph, Site
 from compress.inputs import InputSpec
 from compress.layer_profile import Profile
+from compress.perplexity import Perplexity
 from compress.pipeline import Change, Context, Note, Pass, PassResult, Pipeline
 from compress.recipe import Recipe
 from compress.report import Report
@@ -43,6 +44,7 @@ __all__ = [
     "Note",
     "Pass",
     "PassResult",
+    "Perplexity",
     "Pipeline",
     "Profile",
     "Recipe",

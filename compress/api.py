@@ -26,6 +26,7 @@ from compress.inputs import InputSpec
 from compress.kv_cache import has_cache
 from compress.layer_profile import Profile
 from compress.layer_profile import profile as profile_graph
+from compress.perplexity import Perplexity
 from compress.pipeline import Context, Pass, Pipeline
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
@@ -83,6 +84,7 @@ def run(
     samples: int = 512,
     max_memory: int = 2 << 30,
     progress: Progress | None = None,
+    check: Callable[[Graph], object] | None = None,
 ) -> Result:
     """Compress a model.
 
@@ -92,7 +94,7 @@ def run(
         example_inputs: as for `capture`; by default the first calibration sample.
         calibration: an iterable of items (a tensor, a tuple of inputs and perhaps labels, or a dict),
             a path, or "module:callable"; see `compress.data.load_calibration`.
-        eval_fn: metric of a module, higher is better; its values are put in the report.
+        eval_fn: metric of a module, or a `Perplexity`; its values are put in the report.
         seed: of everything random.
         inputs, model, trust, kv_cache: as for `capture`.
         last_logits: once all is done, original and compressed model give the logits of the last position
@@ -101,6 +103,7 @@ def run(
         max_memory: bytes of activations kept in memory while calibrating, and of gradients that are
             all needed at once.
         progress: told about every layer.
+        check: called with the captured model before anything is done to it; what it raises ends the run.
 
     Raises:
         CompressError: see `compress.errors`; one of its kinds for everything a user can get wrong.
@@ -113,6 +116,10 @@ def run(
     if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
+    if check is not None:
+        check(reference)
+    if isinstance(eval_fn, Perplexity):
+        eval_fn.prepare(reference)
     data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
     context = Context(reference, data, seed, max_memory, progress, _layer_latency)
     graph, reports = pipeline.run(reference, context)

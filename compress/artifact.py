@@ -103,7 +103,12 @@ class Verification:
         timings: against the uncompressed export on the same runtime; empty if not asked for.
         float_bytes: size of that export; 0 if not made.
         unfused: weights that the runtime decodes on every call.
-        metric: value of the user's metric for "original", "compressed" and "file"; empty without one.
+        metric: value of the metric for "original", "compressed" and "file"; empty without one.
+        metric_name: "perplexity", or "metric" for one of the user's.
+        lower_is_better: whether a smaller metric is a better one.
+        measured_on: the text of a perplexity, its windows and tokens.
+        kl: with a perplexity, mean KL divergence from the original's next token, nats, for "compressed" and
+            "file".
         environment: runtime version, processor, threads.
     """
 
@@ -113,4 +118,14 @@ class Verification:
     float_bytes: int = 0
     unfused: tuple[str, ...] = ()
     metric: dict[str, float] = field(default_factory=dict)
+    metric_name: str = "metric"
+    lower_is_better: bool = False
+    measured_on: str = ""
+    kl: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def drop(self) -> float:
+        """By how much the file's metric is worse than the original's; negative where it is better."""
+        drop = self.metric["original"] - self.metric["file"]
+        return -drop if self.lower_is_better else drop

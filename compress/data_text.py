@@ -139,7 +139,7 @@ class _Roles:
         CalibrationError: text cannot feed these inputs.
     """
 
-    def __init__(self, specs: Sequence[InputSpec], where: str) -> None:
+    def __init__(self, specs: Sequence[InputSpec], where: str, fix: str) -> None:
         names = [(spec.name or "").lower() for spec in specs]
         self.mask = [index for index, name in enumerate(names) if "mask" in name]
         types = [index for index, name in enumerate(names) if "token_type" in name or "segment" in name]
@@ -156,7 +156,7 @@ class _Roles:
                 f"{where} is text, and the model takes {'; '.join(map(str, specs))}",
                 expected="token ids (int64 or int32, [batch, length]), and possibly an attention mask and "
                 "token types of the same shape",
-                fix="give an .npz with one array for each input",
+                fix=fix,
             )
         self.length = lengths.pop()
 
@@ -197,21 +197,37 @@ class LineTable:
 
 
 class WindowTable:
-    """Windows of consecutive tokens; ids are held as int32, four bytes for each token of the text."""
+    """Windows of consecutive tokens; ids are held as int32, four bytes for each token of the text.
 
-    def __init__(self, path: Path, specs: Sequence[InputSpec], tokenizer: Tokenizer, roles: _Roles) -> None:
+    Args:
+        path, specs, tokenizer, roles: of the text and the model.
+        limit: only the first windows, at most so many.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[InputSpec],
+        tokenizer: Tokenizer,
+        roles: _Roles,
+        limit: int | None = None,
+    ) -> None:
         self._specs, self._roles, self.note = specs, roles, ""
+        length = roles.length
         pieces: list[np.ndarray[Any, Any]] = []
-        taken = 0
+        taken = found = 0
         for piece in _pieces(read_lines(path)):
             if taken + len(piece) > TEXT_LIMIT:
                 self.note = f"from its first {taken} characters"
                 break
             taken += len(piece)
             pieces += [np.asarray(ids, dtype=np.int32) for ids in tokenizer.encode([piece], None)]
+            found += len(pieces[-1])
+            if limit is not None and found >= limit * length:
+                break
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-        length = roles.length
-        self.count = len(tokens) // length
+        self.count = min(len(tokens) // length, limit or len(tokens))
+        self.length = length
         self._windows = tokens[: self.count * length].reshape(self.count, length)
         if self.count == 0:
             raise CalibrationError(
@@ -224,20 +240,49 @@ class WindowTable:
         pass
 
     def fetch(self, rows: Sequence[int]) -> Batch:
-        ids = torch.from_numpy(self._windows[list(rows)]).to(torch.int64)
-        return Batch(_placed(ids, torch.ones_like(ids), self._specs, self._roles))
+        return Batch(self.inputs(self.ids(rows)))
+
+    def ids(self, rows: Sequence[int]) -> Tensor:
+        """Token ids of these windows, int64 ``[rows, length]``."""
+        return torch.from_numpy(self._windows[list(rows)]).to(torch.int64)
+
+    def inputs(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """The model's flat inputs for these ids, nothing masked."""
+        return _placed(ids, torch.ones_like(ids), self._specs, self._roles)
 
 
 def open_text(
     path: Path, specs: Sequence[InputSpec], tokenizer: str | Path | None, *, causal: bool = False
 ) -> LineTable | WindowTable:
-    """The samples of a text file.
+    """The samples of a text file: windows if the model is causal or takes no mask, lines otherwise.
 
     Raises:
         CalibrationError: no tokenizer, inputs that text cannot feed, JSON lines, or too little text.
         MissingExtra: the tokenizer's package is not installed.
     """
-    roles = _Roles(specs, path.name)
+    roles = _Roles(specs, path.name, "give an .npz with one array for each input")
+    kind = LineTable if roles.mask and not causal else WindowTable
+    return kind(path, specs, _tokenizer_for(path, tokenizer), roles)
+
+
+def open_windows(
+    path: Path, specs: Sequence[InputSpec], tokenizer: str | Path | None, limit: int
+) -> WindowTable:
+    """The first `limit` windows of a text file, also for a model with an attention mask.
+
+    Raises:
+        CalibrationError, MissingExtra: as for `open_text`.
+    """
+    roles = _Roles(specs, path.name, "measure it with a callable of your own")
+    return WindowTable(path, specs, _tokenizer_for(path, tokenizer), roles, limit)
+
+
+def _tokenizer_for(path: Path, tokenizer: str | Path | None) -> Tokenizer:
+    """The tokenizer, for a file that holds text.
+
+    Raises:
+        CalibrationError, MissingExtra: as for `open_text`.
+    """
     if tokenizer is None:
         raise CalibrationError(
             f"{path.name} is text, and no tokenizer was given",
@@ -250,8 +295,7 @@ def open_text(
             expected="plain text, one sample per line",
             fix="write out the text field alone",
         )
-    kind = LineTable if roles.mask and not causal else WindowTable
-    return kind(path, specs, load_tokenizer(Path(tokenizer)), roles)
+    return load_tokenizer(Path(tokenizer))
 
 
 def _placed(ids: Tensor, mask: Tensor, specs: Sequence[InputSpec], roles: _Roles) -> tuple[Tensor, ...]:

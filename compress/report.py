@@ -100,9 +100,8 @@ class Report:
             )
         if self.verification is not None:
             parts += [speed_words(t) for t in self.verification.timings]
-            metric = self.verification.metric
-            if metric:
-                parts.append(f"metric {metric['original']:.4g} -> {metric['file']:.4g}")
+            if self.verification.metric:
+                parts.append(metric_words(self.verification))
             parts.append(fidelity_words(self.verification.comparisons))
         return ", ".join(parts)
 
@@ -222,6 +221,15 @@ def fidelity_words(comparisons: tuple[Comparison, ...]) -> str:
     return f"cosine {worst.cosine:.4f} ({worst.sqnr_db:.1f} dB) to the original"
 
 
+def metric_words(v: Verification) -> str:
+    """The metric of the original and of the file; of a perplexity also the change and the divergence."""
+    original, file = v.metric["original"], v.metric["file"]
+    words = f"{v.metric_name} {original:.4g} -> {file:.4g}"
+    if not v.kl:
+        return words
+    return f"{words} ({100 * (file / original - 1):+.1f} %), KL {v.kl['file']:.3g} nats/token"
+
+
 def _markdown_verification(v: Verification) -> list[str]:
     lines = ["## Fidelity", "", f"On {v.inputs}.", ""]
     lines += ["| | output | SQNR dB | cosine | max abs | top-1 agreement |", "|---|---|---|---|---|---|"]
@@ -231,9 +239,13 @@ def _markdown_verification(v: Verification) -> list[str]:
         for c in v.comparisons
     ]
     if v.metric:
+        lines += ["", f"The perplexity is that of {v.measured_on}."] if v.measured_on else []
         lines += ["", "| metric | original | compressed graph | file |", "|---|---|---|---|"]
-        m = v.metric
-        lines += [f"| | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
+        m, name = v.metric, f"{v.metric_name}, lower is better" if v.lower_is_better else ""
+        lines += [f"| {name} | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
+        if v.kl:
+            what = "KL divergence from the original, nats per token"
+            lines += [f"| {what} | 0 | {v.kl['compressed']:.3g} | {v.kl['file']:.3g} |"]
     if v.timings:
         threads = v.environment.get("threads", 1)
         lines += ["", "## Speed", "", f"{v.environment.get('runtime', '')}, "

@@ -27,6 +27,7 @@ from compress.graph import Graph
 from compress.inputs import cut, sizes_of
 from compress.kv_cache import decoding, has_cache
 from compress.numerics import Agreement
+from compress.perplexity import Perplexity
 from compress.pipeline import example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
 
@@ -52,7 +53,8 @@ def verify(
         reference: the original, uncompressed graph.
         samples: real flat inputs; two random shapes are used where there are none.
         described: where the samples came from, for the report.
-        eval_fn: the user's metric of a module, higher is better.
+        eval_fn: a metric of a module, higher is better unless it has a true attribute `lower_is_better`; or
+            a `Perplexity`.
         batch_sizes: sizes to time at, where the batch is dynamic; empty to skip timing.
         threads: of the runtime.
         seconds: time spent on each batch size.
@@ -60,9 +62,11 @@ def verify(
     Raises:
         VerificationError: the file cannot be run, or its shapes are wrong.
         InputSpecError: the metric fails.
+        CalibrationError: the text of a perplexity does not fit the model.
     """
     progress = progress or Silent()
-    progress.start("verify", 2 + len(batch_sizes) + (3 if eval_fn else 0))
+    stages = 0 if eval_fn is None else 1 if isinstance(eval_fn, Perplexity) else 3
+    progress.start("verify", 2 + len(batch_sizes) + stages)
     exporter: Exporter = find(artifact.target)
     session = exporter.open(artifact.path, threads=threads)
     plain = artifact.graph.decoded()
@@ -71,16 +75,21 @@ def verify(
     comparisons = _compare(session, plain, reference, inputs)
     progress.step("fusion")
     unfused = exporter.decoded_on_every_call(artifact)
-    metric: dict[str, float] = {}
-    if eval_fn is not None:
+    measured: dict[str, Any] = {}
+    if isinstance(eval_fn, Perplexity):
+        progress.step("perplexity")
+        measured = _perplexity(eval_fn, reference, plain, session)
+    elif eval_fn is not None:
         models = {
             "original": reference.module(),
             "compressed": plain.module(),
             "file": FileModule(session, artifact.graph),
         }
+        metric = {}
         for name, module in models.items():
             progress.step(f"metric of the {name}")
             metric[name] = _evaluate(eval_fn, module)
+        measured = {"metric": metric, "lower_is_better": bool(getattr(eval_fn, "lower_is_better", False))}
     timings, float_bytes = _time(
         exporter, session, reference, inputs[0], batch_sizes, threads, seconds, progress
     )
@@ -91,8 +100,8 @@ def verify(
         timings=tuple(timings),
         float_bytes=float_bytes,
         unfused=tuple(unfused),
-        metric=metric,
         environment={**session.environment, "threads": threads, "processor": processor()},
+        **measured,
     )
 
 
@@ -159,6 +168,25 @@ def _compare(
     ]
 
 
+def _perplexity(perplexity: Perplexity, reference: Graph, plain: Graph, session: Running) -> dict[str, Any]:
+    """Fields of `Verification`, from running all three side by side."""
+    perplexity.prepare(reference)
+    scores = perplexity.compare(
+        {
+            "original": lambda inputs: reference.named(reference.run(inputs)),
+            "compressed": lambda inputs: plain.named(plain.run(inputs)),
+            "file": lambda inputs: session(*inputs),
+        }
+    )
+    return {
+        "metric": {name: score.perplexity for name, score in scores.items()},
+        "metric_name": "perplexity",
+        "lower_is_better": perplexity.lower_is_better,
+        "measured_on": perplexity.description,
+        "kl": {name: score.kl for name, score in scores.items() if name != "original"},
+    }
+
+
 def _evaluate(eval_fn: EvalFn, module: torch.nn.Module) -> float:
     try:
         with torch.no_grad():
@@ -169,7 +197,7 @@ def _evaluate(eval_fn: EvalFn, module: torch.nn.Module) -> float:
         # the user's code, not a file that would be wrong
         raise InputSpecError(
             f"the metric failed: {type(error).__name__}: {error}",
-            expected="a callable that takes the model and returns a number, higher is better",
+            expected="a callable that takes the model and returns a number",
         ) from error
 
 

@@ -189,6 +189,73 @@ def test_reached_goals(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0, err
 
 
+@pytest.fixture
+def words(folder: Path) -> Path:
+    """A language model, a text and its tokenizer besides."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the hf extra")
+    table = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 200)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save("tokenizer.json")
+    torch.save(make("tied_lm").state_dict(), "lm.pt")
+    Path("lm.py").write_text(
+        "from compress.testing import make\n\ndef build():\n    return make('tied_lm')\n"
+    )
+    Path("held.txt").write_text(" ".join(f"w{i * i % 200}" for i in range(100)))
+    return folder
+
+
+LM = (
+    "lm.pt", "--model", "lm.py:build", "--input", "ids:int64[1,seq=9]", "-r", "int4", "--batch-sizes", "",
+    "--eval", "perplexity:held.txt", "-o", "lm.onnx",
+)  # fmt: skip
+
+
+def test_perplexity(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = compress(*LM, "--tokenizer", "tokenizer.json", "--max-drop", "1e9", capsys=capsys)
+    assert code == 0, err
+    headline = out.strip().splitlines()[-1]
+    assert ", perplexity " in headline and " nats/token" in headline
+    assert "perplexity of 11 windows of 9 tokens of held.txt (88 predicted)" in out
+    found = json.loads((words / "lm.onnx.report.json").read_text())["verification"]
+    original, file = found["metric"]["original"], found["metric"]["file"]
+    assert f"perplexity {original:.4g} -> {file:.4g}" in headline
+    assert found["kl"]["file"] > 0 and found["lower_is_better"]
+    stored = {p.key: p.value for p in onnx.load("lm.onnx").metadata_props}["compress.results"]
+    assert json.loads(stored)["perplexity"]["kl"].keys() == {"compressed", "file"}
+
+    # the file is as good as it is: a rise of just less than this one is missed
+    rise = file - original
+    goal = ("--tokenizer", "tokenizer.json", "--max-drop", repr(rise - 1e-3))
+    code, _, err = compress(*LM, *goal, capsys=capsys)
+    assert code == 3 and f"the perplexity {'rose' if rise > 0 else ''}" in err
+    assert (words / "lm.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--eval", "perplexity:no.txt"), "no text at 'no.txt'"),
+        (("--eval", "perplexity:"), "no text at"),
+        ((), "no tokenizer was given"),
+        (("--tokenizer", "tokenizer.json", "--input", "ids:int64[1,seq=200]"), "holds 100 tokens"),
+        (("--tokenizer", "tokenizer.json", "-o", "held.txt"), "one of the files read"),
+    ],
+)
+def test_perplexity_fails_before_any_work(
+    change: tuple[str, ...], message: str, words: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("compress.pipeline.Pipeline.run", lambda *_: pytest.fail("compressed"))
+    given = list(LM)
+    if "--input" in change:  # given twice it would be a second input
+        at = given.index("--input")
+        del given[at : at + 2]
+    code, _, err = compress(*given, *change, capsys=capsys)
+    assert code == 2 and message in err, err
+    assert not (words / "lm.onnx").exists()
+
+
 def test_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name, command in cli.cli.commands.items():
         assert command.help, name

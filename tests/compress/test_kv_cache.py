@@ -91,6 +91,16 @@ def documented() -> Callable[..., Any]:
     return found
 
 
+def words(folder: Path) -> Path:
+    """A tokenizer of the words w1, w2, ..."""
+    tokenizers = pytest.importorskip("tokenizers")
+    known = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 60)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
 def prompts() -> tuple[Tensor, Tensor]:
     """Three prompts of different lengths, padded on the left."""
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2))
@@ -207,19 +217,25 @@ def test_data_is_that_of_the_model_without_a_cache(pair: tuple[Any, compress.Gra
 
 
 def test_text_is_cut_into_windows(pair: tuple[Any, compress.Graph], tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0, **{f"w{i}": i for i in range(1, 60)}}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = words(tmp_path)
     (tmp_path / "text.txt").write_text("\n".join(f"w{1 + i % 50}" for i in range(100)))
-    data = load_calibration(
-        tmp_path / "text.txt", inputs=pair[1].inputs, tokenizer=tmp_path / "tokenizer.json"
-    )
+    data = load_calibration(tmp_path / "text.txt", inputs=pair[1].inputs, tokenizer=tokenizer)
     (batch,) = data
     ids, mask = batch.inputs[:2]
     assert ids.shape == (3, 32) and bool((mask == 1).all())
     assert torch.equal(ids.flatten(), torch.arange(96) % 50 + 1)
+
+
+def test_perplexity_starts_with_an_empty_cache(pair: tuple[Any, compress.Graph], tmp_path: Path) -> None:
+    _, graph = pair
+    tokenizer = words(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"w{1 + i % 50}" for i in range(100)))
+    metric = compress.Perplexity(tmp_path / "text.txt", tokenizer)
+    metric.prepare(graph)
+    ids = (torch.arange(96) % 50 + 1).reshape(3, 32)
+    logits = graph.run(with_empty_past(graph.inputs, [ids, torch.ones_like(ids)]))[0]
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    assert metric(graph.module()) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def test_decoding_is_the_end_of_the_prompt(pair: tuple[Any, compress.Graph]) -> None:
