@@ -54,13 +54,20 @@ def _clean(words: str) -> str:
     return _OPENED.sub(r"\1", _SPACED.sub(r"\1", words)).replace('" ', '"', 1).strip()
 
 
-def windows(path: Path, tokenizer: Path, length: int) -> np.ndarray:
-    """A text as token ids ``[n, length]``: each line encoded with its end, a last partial window dropped."""
+def windows(path: Path, tokenizer: Path, length: int, most: int | None = None) -> np.ndarray:
+    """A text as token ids ``[n, length]``: each line encoded with its end, a last partial window dropped.
+
+    Args:
+        path: a gzipped text.
+        tokenizer: a tokenizer.json.
+        length: of a window.
+        most: only the first lines, so many.
+    """
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(tokenizer))
-    ids = [np.asarray(e.ids, np.int64) for e in loaded.encode_batch(lines(path), add_special_tokens=False)]
-    tokens = np.concatenate(ids)
+    encoded = loaded.encode_batch(lines(path)[:most], add_special_tokens=False)
+    tokens = np.concatenate([np.asarray(e.ids, np.int64) for e in encoded])
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
