@@ -15,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,16 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
-from compress.console import STDOUT, Watching, integers, mean_and_std, size_in_bytes, trusting
+from compress.console import (
+    STDOUT,
+    Watching,
+    integers,
+    mean_and_std,
+    show_profile,
+    show_report,
+    size_in_bytes,
+    trusting,
+)
 from compress.errors import CompressError, GoalMissed, InputSpecError
 
 
@@ -235,7 +244,7 @@ def run(
     written = report.write(path)
     if genai:
         written += write_genai(report.artifact, Path(source))
-    _show(report, path, written, quiet)
+    show_report(report, path, written, quiet)
     _check_goals(report.verification, max_drop, min_speedup)
 
 
@@ -367,7 +376,7 @@ def inspect(
     if data["other_weights"]:
         click.echo(f"left as they are (no supported operator reads them): {', '.join(data['other_weights'])}")
     if profile is not None:
-        _show_profile(profile)
+        show_profile(profile)
         if picture is not None:
             click.echo(f"drew {picture}")
 
@@ -446,58 +455,6 @@ def _stored_results(verification: Any) -> dict[str, Any]:
     if verification.kl:
         results["perplexity"] = {"text": verification.measured_on, "kl": finite(verification.kl)}
     return results
-
-
-def _show(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
-    if not quiet:
-        table = Table(box=None, pad_edge=False)
-        # in a narrow terminal words wrap, figures stay whole
-        table.add_column("layer", overflow="fold")
-        table.add_column("action")
-        for heading in ("bits", "sparsity", "bytes", "error"):
-            table.add_column(heading, no_wrap=True, justify="right")
-        table.add_column("")
-        for row in report.table():
-            table.add_row(*row)
-        STDOUT.print(table)
-        for name, site, reason in report.notes():
-            click.echo(f"{name}: {site + ': ' if site else ''}{reason}")
-        for warning in report.warnings:
-            click.echo(f"note: {warning}", err=True)
-        for timing in report.verification.timings:
-            where = ", ".join(f"{k} {v}" for k, v in timing.sizes.items()) or "fixed shape"
-            click.echo(
-                f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
-                f"(speed-up {timing.speedup:.2f} ± {timing.spread:.2f})"
-            )
-        if report.verification.measured_on:
-            click.echo(f"perplexity of {report.verification.measured_on}")
-        if report.verification.unfused:
-            click.echo(f"decoded on every call, so slow: {', '.join(report.verification.unfused)}")
-        click.echo(f"wrote {path}, {', '.join(p.name for p in written)}")
-    click.echo(report.headline())
-
-
-def _show_profile(profile: Any) -> None:
-    """A table of ranks, and one of damages for each method."""
-    click.echo("\neffective rank: of the weight, and of its outputs on the data")
-    names = list(dict.fromkeys(name for layer in profile.layers for name in layer.ranks))
-    table = Table("layer", *names, box=None, pad_edge=False)
-    for layer in profile.layers:
-        table.add_row(layer.name, *(f"{layer.ranks[n]:.1f}" if n in layer.ranks else "" for n in names))
-    STDOUT.print(table)
-    points = [(layer.name, point) for layer in profile.layers for point in layer.points]
-    for method in dict.fromkeys(point.method for _, point in points):
-        click.echo(f"\n{method}: {profile.unit}")
-        mine = {(name, p.setting): p.damage for name, p in points if p.method == method}
-        settings = list(dict.fromkeys(setting for _, setting in mine))
-        table = Table("layer", *settings, box=None, pad_edge=False)
-        for name in dict.fromkeys(name for name, _ in mine):
-            table.add_row(name, *(f"{mine[name, s]:.3g}" if (name, s) in mine else "" for s in settings))
-        STDOUT.print(table)
-    for note in profile.notes:
-        click.echo(f"{note.site}: {note.reason}")
-    click.echo(f"\n{profile.depth()}")
 
 
 def _check_goals(verification: Any, max_drop: float | None, min_speedup: float | None) -> None:

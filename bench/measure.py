@@ -170,7 +170,11 @@ def losses_are_said(report: Mapping[str, Any]) -> bool:
     for t in report["verification"]["timings"]:
         slower = t["speedup"] < 1 - max(0.05, t["spread"])
         where = f"batch {t['sizes']['batch']}" if "batch" in t["sizes"] else "fixed shape"
-        if slower and not re.search(rf"SLOWER at {where}\b", headline):
+        if "past" in t["sizes"]:
+            where = f"{'decoding' if t['sizes']['past'] else 'prompt'} at {where}"
+        else:
+            where = f"at {where}"
+        if slower and not re.search(rf"SLOWER {where}\b", headline):
             return False
     return True
 

@@ -1,9 +1,10 @@
-"""What commands share: both consoles, the progress bar, the question of trust, values of options."""
+"""What commands share: both consoles, the progress bar, the question of trust, values of options, tables."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from compress.errors import InputSpecError, UntrustedFileError
 
@@ -132,3 +134,56 @@ def mean_and_std(text: str | None) -> tuple[list[float], list[float]] | None:
             expected='mean and std per channel, as in "0.5,0.5,0.5/0.25,0.25,0.25"',
         ) from None
     return mean, std
+
+
+def show_report(report: Any, path: Path, written: Sequence[Path], quiet: bool) -> None:
+    """What a run did and what its file is worth; only the headline when quiet."""
+    if not quiet:
+        table = Table(box=None, pad_edge=False)
+        # in a narrow terminal words wrap, figures stay whole
+        table.add_column("layer", overflow="fold")
+        table.add_column("action")
+        for heading in ("bits", "sparsity", "bytes", "error"):
+            table.add_column(heading, no_wrap=True, justify="right")
+        table.add_column("")
+        for row in report.table():
+            table.add_row(*row)
+        STDOUT.print(table)
+        for name, site, reason in report.notes():
+            click.echo(f"{name}: {site + ': ' if site else ''}{reason}")
+        for warning in report.warnings:
+            click.echo(f"note: {warning}", err=True)
+        for timing in report.verification.timings:
+            where = ", ".join(f"{k} {v}" for k, v in timing.sizes.items()) or "fixed shape"
+            click.echo(
+                f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
+                f"(speed-up {timing.speedup:.2f} ± {timing.spread:.2f})"
+            )
+        if report.verification.measured_on:
+            click.echo(f"perplexity of {report.verification.measured_on}")
+        if report.verification.unfused:
+            click.echo(f"decoded on every call, so slow: {', '.join(report.verification.unfused)}")
+        click.echo(f"wrote {path}, {', '.join(p.name for p in written)}")
+    click.echo(report.headline())
+
+
+def show_profile(profile: Any) -> None:
+    """A table of ranks, and one of damages for each method."""
+    click.echo("\neffective rank: of the weight, and of its outputs on the data")
+    names = list(dict.fromkeys(name for layer in profile.layers for name in layer.ranks))
+    table = Table("layer", *names, box=None, pad_edge=False)
+    for layer in profile.layers:
+        table.add_row(layer.name, *(f"{layer.ranks[n]:.1f}" if n in layer.ranks else "" for n in names))
+    STDOUT.print(table)
+    points = [(layer.name, point) for layer in profile.layers for point in layer.points]
+    for method in dict.fromkeys(point.method for _, point in points):
+        click.echo(f"\n{method}: {profile.unit}")
+        mine = {(name, p.setting): p.damage for name, p in points if p.method == method}
+        settings = list(dict.fromkeys(setting for _, setting in mine))
+        table = Table("layer", *settings, box=None, pad_edge=False)
+        for name in dict.fromkeys(name for name, _ in mine):
+            table.add_row(name, *(f"{mine[name, s]:.3g}" if (name, s) in mine else "" for s in settings))
+        STDOUT.print(table)
+    for note in profile.notes:
+        click.echo(f"{note.site}: {note.reason}")
+    click.echo(f"\n{profile.depth()}")

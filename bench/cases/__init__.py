@@ -247,6 +247,19 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "lm_decode",
+            "a language model with a key-value cache in ONNX Runtime, token for token; speed in 4 bits",
+            "bench.cases.lm_decode:run",
+            (
+                "package:transformers",
+                "package:tokenizers",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
             "mixed",
             "mixed precision against uniform formats of the same size: damage to the outputs",
             "bench.cases.mixed:run",
