@@ -404,7 +404,7 @@ def doctor() -> None:
         "torch": "", "numpy": "", "safetensors": "",
         "onnx": "onnx", "onnx-ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx",
         "transformers": "hf", "tokenizers": "hf", "pillow": "images", "triton": "triton",
-        "matplotlib": "plot", "tensorrt-rtx-cu13-bindings": "tensorrt",
+        "matplotlib": "plot", "onnxruntime-genai": "genai", "tensorrt-rtx-cu13-bindings": "tensorrt",
     }  # fmt: skip
     table = Table("package", "version", "", box=None, pad_edge=False)
     missing = []
