@@ -15,7 +15,6 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +33,7 @@ from compress.console import (
     trusting,
 )
 from compress.errors import CompressError, GoalMissed, InputSpecError
+from compress.options import data_options, run_options, source_options
 
 
 class _CompressByDefault(click.Group):
@@ -63,112 +63,10 @@ def cli() -> None:
     """
 
 
-def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every command that loads a model takes."""
-    for option in reversed(
-        [
-            click.argument("source", metavar="MODEL", type=click.Path()),
-            click.option("--model", "-m", metavar="MODULE:CALLABLE",
-                         help="Builds the module when MODEL holds only weights: package.module:callable or "
-                              "file.py:callable."),
-            click.option("--input", "-i", "inputs", multiple=True, metavar="SPEC",
-                         help='An input: "1,3,32,32" or "ids:int64[1,seq=128]". Axis 0 is the batch and '
-                              "dynamic unless written !1; so is a named axis. Once for each input."),
-            click.option("--kv-cache/--no-kv-cache", default=None,
-                         help="Keys and values of earlier tokens as inputs and outputs, to generate text. "
-                              "Default: for folders of causal language models, unless --input is given."),
-            click.option("--trust", is_flag=True,
-                         help="Load files that can execute code (pickled modules, exported programs)."),
-        ]
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every command that reads calibration data takes."""
-    for option in reversed(
-        [
-            click.option("--calibration", "-c", metavar="DATA",
-                         help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or "
-                              "module:callable."),
-            click.option("--tokenizer", metavar="PATH",
-                         help="tokenizer.json or a Hugging Face folder, for text."),
-            click.option("--normalize", metavar="MEAN/STD",
-                         help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'),
-            click.option("--samples", default=512, show_default=True, help="Calibration samples to use."),
-            click.option("--max-memory", default="2GB", show_default=True, metavar="SIZE",
-                         help="Memory for activations while calibrating; the rest goes to disk. Gradients "
-                              "(prune_chita) must fit."),
-            click.option("--seed", default=0, show_default=True, help="Of everything random."),
-        ]
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 @cli.command()
-@_source_options
-@_data_options
-@click.option(
-    "--recipe",
-    "-r",
-    default="int8",
-    show_default=True,
-    metavar="NAME|FILE",
-    help="A built-in recipe (`compress recipes`) or a YAML file.",
-)
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(),
-    metavar="OUT",
-    help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder.",
-)
-@click.option("--target", help="onnx, or torch. Default: torch if OUT ends in .safetensors, onnx otherwise.")
-@click.option(
-    "--decode",
-    type=click.Choice(["run", "load"]),
-    default="run",
-    show_default=True,
-    help="run: weights stay packed in memory. load: decoded once when the file is loaded, at float speed.",
-)
-@click.option(
-    "--last-logits", is_flag=True, help="Of a language model, logits of the last position alone: to generate."
-)
-@click.option(
-    "--genai",
-    is_flag=True,
-    help="Make the folder of OUT one of onnxruntime-genai: its settings and the tokenizer beside the model.",
-)
-@click.option(
-    "--eval",
-    "metric",
-    metavar="perplexity:FILE|MODULE:CALLABLE",
-    help="perplexity:FILE, of a language model on a text. Or your metric: takes a model, returns a number, "
-    "higher is better.",
-)
-@click.option(
-    "--max-drop",
-    type=float,
-    metavar="X",
-    help="Exit with 3 when the file's metric is worse than the original's by more than X.",
-)
-@click.option(
-    "--min-speedup",
-    type=float,
-    metavar="X",
-    help="Exit with 3 when the file is less than X times as fast at the smallest batch.",
-)
-@click.option(
-    "--batch-sizes",
-    default="1,8,32",
-    show_default=True,
-    metavar="N,N,..",
-    help="Batch sizes to time; empty for no timing.",
-)
-@click.option("--threads", default=1, show_default=True, help="Threads of the runtime while timing.")
-@click.option("--quiet", "-q", is_flag=True, help="Print only the headline.")
+@source_options
+@data_options
+@run_options
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool, recipe: str,
     output: str | None, target: str | None, decode: Any, last_logits: bool, genai: bool,
@@ -273,7 +171,7 @@ _FOR_SENSITIVITY = ("picture", "calibration", "tokenizer", "normalize", "samples
 
 
 @cli.command()
-@_source_options
+@source_options
 @click.option(
     "--sensitivity",
     is_flag=True,
@@ -286,7 +184,7 @@ _FOR_SENSITIVITY = ("picture", "calibration", "tokenizer", "normalize", "samples
     metavar="FILE",
     help="Draw the sensitivity: .svg, .png or .pdf.",
 )
-@_data_options
+@data_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool,

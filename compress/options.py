@@ -1,0 +1,82 @@
+"""Options of the command line: of every command that loads a model or reads data, and of `run` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _all(*options: _Decorator) -> _Decorator:
+    """One decorator of several; help lists them in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+source_options = _all(
+    click.argument("source", metavar="MODEL", type=click.Path()),
+    click.option("--model", "-m", metavar="MODULE:CALLABLE",
+                 help="Builds the module when MODEL holds only weights: package.module:callable or "
+                      "file.py:callable."),
+    click.option("--input", "-i", "inputs", multiple=True, metavar="SPEC",
+                 help='An input: "1,3,32,32" or "ids:int64[1,seq=128]". Axis 0 is the batch and '
+                      "dynamic unless written !1; so is a named axis. Once for each input."),
+    click.option("--kv-cache/--no-kv-cache", default=None,
+                 help="Keys and values of earlier tokens as inputs and outputs, to generate text. "
+                      "Default: for folders of causal language models, unless --input is given."),
+    click.option("--trust", is_flag=True,
+                 help="Load files that can execute code (pickled modules, exported programs)."),
+)  # fmt: skip
+"""What every command that loads a model takes."""
+
+data_options = _all(
+    click.option("--calibration", "-c", metavar="DATA",
+                 help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or "
+                      "module:callable."),
+    click.option("--tokenizer", metavar="PATH", help="tokenizer.json or a Hugging Face folder, for text."),
+    click.option("--normalize", metavar="MEAN/STD",
+                 help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'),
+    click.option("--samples", default=512, show_default=True, help="Calibration samples to use."),
+    click.option("--max-memory", default="2GB", show_default=True, metavar="SIZE",
+                 help="Memory for activations while calibrating; the rest goes to disk. Gradients "
+                      "(prune_chita) must fit."),
+    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+)  # fmt: skip
+"""What every command that reads calibration data takes."""
+
+run_options = _all(
+    click.option("--recipe", "-r", default="int8", show_default=True, metavar="NAME|FILE",
+                 help="A built-in recipe (`compress recipes`) or a YAML file."),
+    click.option("--output", "-o", type=click.Path(), metavar="OUT",
+                 help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder."),
+    click.option("--target",
+                 help="onnx, or torch. Default: torch if OUT ends in .safetensors, onnx otherwise."),
+    click.option("--decode", type=click.Choice(["run", "load"]), default="run", show_default=True,
+                 help="run: weights stay packed in memory. load: decoded once when the file is loaded, at "
+                      "float speed."),
+    click.option("--last-logits", is_flag=True,
+                 help="Of a language model, logits of the last position alone: to generate."),
+    click.option("--genai", is_flag=True,
+                 help="Make the folder of OUT one of onnxruntime-genai: its settings and the tokenizer "
+                      "beside the model."),
+    click.option("--eval", "metric", metavar="perplexity:FILE|MODULE:CALLABLE",
+                 help="perplexity:FILE, of a language model on a text. Or your metric: takes a model, "
+                      "returns a number, higher is better."),
+    click.option("--max-drop", type=float, metavar="X",
+                 help="Exit with 3 when the file's metric is worse than the original's by more than X."),
+    click.option("--min-speedup", type=float, metavar="X",
+                 help="Exit with 3 when the file is less than X times as fast at the smallest batch."),
+    click.option("--batch-sizes", default="1,8,32", show_default=True, metavar="N,N,..",
+                 help="Batch sizes to time; empty for no timing."),
+    click.option("--threads", default=1, show_default=True, help="Threads of the runtime while timing."),
+    click.option("--quiet", "-q", is_flag=True, help="Print only the headline."),
+)  # fmt: skip
+"""What `compress run` takes besides."""
