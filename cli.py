@@ -94,7 +94,7 @@ def run(
     stem = f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}"
     path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
     if genai:
-        check_genai(path, Path(source), kv_cache)
+        check_genai(path, Path(source), kv_cache=kv_cache, inputs=inputs)
     evaluated = (metric or "").removeprefix(_PERPLEXITY)
     check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, evaluated))
     eval_fn = _metric(metric, tokenizer) if metric else None
@@ -116,6 +116,7 @@ def run(
             progress,
         )  # fmt: skip
         report = result.report
+        report.warnings += report.provenance["notes"]
         if calibration is None:
             report.warnings.append(report.calibration)
 

@@ -384,7 +384,13 @@ def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: An
     from compress.exporters.verify import verify as verify_file
 
     if not isinstance(reference, Graph):
-        reference = capture(reference, inputs=artifact.graph.inputs)
+        if has_cache(artifact.graph.inputs):
+            window = next(spec for spec in artifact.graph.inputs if spec.name == "input_ids")
+            reference = capture(reference, inputs=[window], kv_cache=True)
+        else:
+            reference = capture(reference, inputs=artifact.graph.inputs)
+        if artifact.graph.meta.get("last_logits"):
+            reference = last_position(reference)
     return verify_file(artifact, reference, **options)
 
 

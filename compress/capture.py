@@ -25,7 +25,7 @@ from compress.errors import CaptureError, InputSpecError, ModelFileError
 from compress.graph import Graph
 from compress.hf import causal_lm_folder
 from compress.inputs import InputSpec, check_input_specs, parse_input_spec, summands
-from compress.kv_cache import cached, is_causal_lm
+from compress.kv_cache import cached, no_cache
 from compress.loading import load_model, torchscript_to_module
 from compress.numerics import sqnr_db
 from compress.progress import quiet
@@ -62,8 +62,8 @@ def capture(
         model: where the file holds only weights, how to build the module.
         trust: allow files whose loading can execute code.
         kv_cache: capture a causal language model of transformers with keys and values of earlier tokens as
-            inputs and outputs (`compress.kv_cache`). By default so for a Hugging Face folder, unless
-            inputs are given.
+            inputs and outputs (`compress.kv_cache`). By default so for a Hugging Face folder where that can
+            be done, unless inputs are given. If True, `inputs` may give the ids alone, for their length.
 
     Raises:
         ModelFileError, UntrustedFileError: the file cannot or must not be loaded.
@@ -92,22 +92,12 @@ def capture(
         if not described:
             specs = [parse_input_spec(hint) for hint in loaded.input_hints]
             if kv_cache is None and causal_lm_folder(Path(source)):
-                kv_cache = is_causal_lm(module)
+                try:
+                    return _with_cache(module, None, meta)
+                except CaptureError as error:
+                    meta["notes"].append(f"without a key-value cache: {error.problem}")
     if kv_cache:
-        if described:
-            raise InputSpecError(
-                "a model captured with a key-value cache has inputs of its own, and others were given",
-                fix="leave them out, or capture it without: --no-kv-cache (kv_cache=False)",
-            )
-        if not isinstance(module, torch.nn.Module):
-            raise CaptureError(
-                f"an {type(module).__name__} cannot be captured with a key-value cache",
-                expected="a causal language model of transformers",
-            )
-        with cached(module) as example:
-            graph = capture(module, example.inputs, inputs=example.specs)
-        meta["kv_cache"] = True
-        return replace(graph, inputs=example.specs, meta={**graph.meta, **meta})
+        return _with_cache(module, _window(specs, example_inputs), meta)
     if isinstance(module, torch.export.ExportedProgram):
         if not specs and example_inputs is None and module.example_inputs is not None:
             # a program's own example inputs keep its signature; which axes vary is in its ranges
@@ -135,6 +125,36 @@ def capture(
             part.training = training
     _prove(graph, expected, args, kwargs)
     return graph
+
+
+def _window(specs: list[InputSpec], example_inputs: Any) -> int | None:
+    """Tokens of the example of a model with a key-value cache, whose other inputs are known.
+
+    Raises:
+        InputSpecError: more was given than the ids.
+    """
+    if not specs and example_inputs is None:
+        return None
+    if example_inputs is not None or len(specs) != 1 or len(specs[0].shape) != 2 or specs[0].shape[1] < 2:
+        raise InputSpecError(
+            "a model captured with a key-value cache has inputs of its own, and others were given",
+            expected="none, or the ids alone, whose length is that of windows of text",
+            fix='--input "input_ids:int64[1,seq=512]", or without the cache: --no-kv-cache (kv_cache=False)',
+        )
+    return specs[0].shape[1]
+
+
+def _with_cache(module: Any, length: int | None, meta: dict[str, Any]) -> Graph:
+    """See `compress.kv_cache`; `length` as for `cached`."""
+    if not isinstance(module, torch.nn.Module):
+        raise no_cache(module, expected="a causal language model of transformers")
+    with cached(module, length) as example:
+        try:
+            graph = capture(module, example.inputs, inputs=example.specs)
+        except (CaptureError, InputSpecError) as error:
+            # what it says of inputs is not about any that the user gave
+            raise no_cache(module, error.problem) from error
+    return replace(graph, inputs=example.specs, meta={**graph.meta, **meta, "kv_cache": True})
 
 
 def _examples(

@@ -11,7 +11,9 @@ import codecs
 import contextlib
 import difflib
 import gzip
+import itertools
 import random
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -131,8 +133,13 @@ def load_calibration(
         MissingExtra: a package that reads this kind of source is not installed.
     """
     if has_cache(inputs):
+        given = without_past(inputs)
+        if isinstance(source, Iterator):
+            source = list(itertools.islice(source, samples))
+        if len(given) == 2 and not _gives(source, str(given[1].name)):
+            given = given[:1]
         data = load_calibration(
-            source, inputs=without_past(inputs), tokenizer=tokenizer, samples=samples, batch_size=batch_size,
+            source, inputs=given, tokenizer=tokenizer, samples=samples, batch_size=batch_size,
             normalize=normalize, seed=seed, causal=True,
         )  # fmt: skip
         return data.extended(lambda given: with_empty_past(inputs, given))
@@ -149,6 +156,29 @@ def load_calibration(
     if isinstance(source, (str, Path)):
         return loader.path(source)
     return loader.value(source, f"a Python {type(source).__name__}")
+
+
+def _gives(source: Any, name: str) -> bool:
+    """Whether data has an entry for the second input, where that may be left out."""
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        kind = _kind(path) if path.is_file() else ""
+        if kind == "npz":
+            with zipfile.ZipFile(path) as archive:
+                return f"{name}.npy" in archive.namelist()
+        if kind == "safetensors":
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                return f'"{name}"'.encode() in stream.read(length)
+        return kind != "npy"
+    if isinstance(source, (Tensor, np.ndarray)):
+        return False
+    if not isinstance(source, Iterable):
+        return True
+    item = source if isinstance(source, Mapping) else next(iter(source), None)
+    if isinstance(item, Mapping):
+        return name in item
+    return not isinstance(item, (Tensor, np.ndarray)) and not (isinstance(item, tuple) and len(item) == 1)
 
 
 class _Loader:

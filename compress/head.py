@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from compress.activations import QUANTIZERS
 from compress.errors import PassError
 from compress.graph import Graph, Site
+from compress.numerics import sqnr_db
+from compress.pipeline import example_inputs, shapes_to_try
 from compress.sensitivity import logits, output_layers
 
 _aten = torch.ops.aten
@@ -24,7 +26,12 @@ _BY_POSITION = {
     *(_aten.index.Tensor, _aten.tanh.default, _aten.div.Tensor, _aten.clone.default, operator.getitem),
     *QUANTIZERS,
 }
-"""Operators of output heads, which work on the last axis: a position's logits are those of its own values."""
+"""Operators of output heads, where they work on the last axis: a position's logits are of its own values."""
+
+_HEAD = "an output head whose logits are those of each position alone"
+_WITHOUT = "take the logits of all positions: without --last-logits (last_logits=False)"
+_SAME_DB = 20.0
+"""Activations rounded on the range of all positions change a little; another position's are others."""
 
 _INDICES = (torch.uint8, torch.int16, torch.int32)
 
@@ -43,7 +50,7 @@ def last_position(graph: Graph) -> Graph:
     Raises:
         PassError: no output is the logits of positions, or more than the head lies between.
     """
-    graph = graph.copy()
+    before, graph = graph, graph.copy()
     order = {node: i for i, node in enumerate(graph.ops.nodes)}
     varies: set[fx.Node] = set()
     for node in order:
@@ -61,8 +68,8 @@ def last_position(graph: Graph) -> Graph:
         if node.target not in _BY_POSITION or (node in outputs and node is not start):
             raise PassError(
                 f"the logits depend on other positions by {node.name}, or on what is an output itself",
-                expected="an output head whose logits are those of each position alone",
-                fix="take the logits of all positions: without --last-logits (last_logits=False)",
+                expected=_HEAD,
+                fix=_WITHOUT,
             )
         head.add(node)
         open_ends = (open_ends - {node}) | varies.intersection(node.all_input_nodes)
@@ -72,6 +79,15 @@ def last_position(graph: Graph) -> Graph:
     last.meta["rank"] = 3
     for node in head:
         node.replace_input_with(hidden, last)
+    index = outputs.index(start)
+    graph.meta["last_logits"] = True
+    trial = example_inputs(graph, shapes_to_try(graph)[0])
+    all_positions, one = before.run(trial)[index], graph.run(trial)[index]
+    # its operators may still go along the positions
+    if one.shape[:2] != (len(all_positions), 1) or sqnr_db(all_positions[:, -1:], one) < _SAME_DB:
+        raise PassError(
+            "the logits of the last position depend on those of others", expected=_HEAD, fix=_WITHOUT
+        )
     return graph
 
 

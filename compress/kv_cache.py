@@ -11,21 +11,21 @@ The keys and values of earlier tokens go in, those of all tokens come out::
 These are the names that Optimum and onnxruntime-genai use. Positions are counted from the mask, so prompts of
 different lengths are padded on the left, and there is no input for them.
 
-Calibration data need none of this: it is as for the model without a cache, and the cache starts empty.
+Calibration data is as for the model without a cache, which starts empty; a mask that is not given is of ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CaptureError, MissingExtra
+from compress.errors import CalibrationError, CaptureError, MissingExtra
 from compress.graph import Graph
 from compress.inputs import InputSpec, cut, sizes_of, summands
 
@@ -66,8 +66,10 @@ def with_empty_past(specs: Sequence[InputSpec], given: Sequence[Tensor]) -> tupl
 
     Args:
         specs: of all inputs.
-        given: those that `without_past` leaves, of one batch.
+        given: those that `without_past` leaves, of one batch; of a model with a cache ids alone will do.
     """
+    if len(given) == 1 and len(without_past(specs)) == 2:
+        given = [given[0], torch.ones_like(given[0])]
     remaining = iter(given)
     sizes = {"batch": len(given[0]), PAST: 0}
     return tuple(
@@ -83,8 +85,15 @@ def decoding(graph: Graph, given: Sequence[Tensor], tokens: int | None = None) -
         graph: computes the cache.
         given: flat inputs of two tokens or more, with an empty cache.
         tokens: how many; by default half of them.
+
+    Raises:
+        CalibrationError: samples of one token.
     """
     seq = sizes_of(graph.inputs, given)["seq"]
+    if seq < 2:
+        raise CalibrationError(
+            "the samples are of one token each", expected="texts: two tokens or more in each sample"
+        )
     tokens = seq // 2 if tokens is None else tokens
     outputs = graph.run(cut(graph.inputs, given, {"seq": seq - tokens}))
     cache = dict(zip(graph.output_names, outputs, strict=True))
@@ -133,18 +142,18 @@ def cached(module: nn.Module, length: int | None = None) -> Iterator[Example]:
 
     Args:
         module: from transformers.
-        length: tokens of the example; by default 256, or half of what the model takes.
+        length: tokens of the example, and of windows of text; by default 256, or half of what the model
+            takes.
 
     Raises:
         CaptureError: it is no such model, or its cache is not one of keys and values.
         MissingExtra: transformers is missing, or too old.
     """
     if not is_causal_lm(module):
-        raise CaptureError(
-            f"{type(module).__name__} cannot be captured with a key-value cache",
-            expected="a causal language model of transformers",
-            fix="without it: --no-kv-cache (kv_cache=False)",
+        raise no_cache(
+            module, expected="a causal language model of transformers whose forward() takes past_key_values"
         )
+    new_cache = _cache_classes()
     layers = _cache_layers(module)
     plain, before = module.forward, module.__dict__.get("forward")
     positions = "position_ids" in inspect.signature(plain).parameters
@@ -152,7 +161,7 @@ def cached(module: nn.Module, length: int | None = None) -> Iterator[Example]:
     def forward(
         input_ids: Tensor, attention_mask: Tensor, past_key_values: list[tuple[Tensor, Tensor]]
     ) -> dict[str, Tensor]:
-        cache = _filled(past_key_values)
+        cache = new_cache(past_key_values)
         more = {}
         if positions:
             counted = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -165,11 +174,11 @@ def cached(module: nn.Module, length: int | None = None) -> Iterator[Example]:
             found[f"present.{i}.key"], found[f"present.{i}.value"] = layer.keys, layer.values
         return found
 
-    longest = getattr(module.config, "max_position_embeddings", None)  # type: ignore[union-attr]
-    limit = longest // 2 if isinstance(longest, int) and longest > 3 else _LENGTH
+    longest = longest_text(module.config) or 4 * _LENGTH
+    length = length or max(2, min(_LENGTH, longest // 2))
     module.forward = forward
     try:
-        yield _example(layers, length or min(_LENGTH, limit), max(2, min(_PAST, limit // 2)))
+        yield _example(layers, length, max(2, min(_PAST, longest - length)))
     finally:
         del module.forward
         if before is not None:  # or else the class's own is back
@@ -208,15 +217,11 @@ def _cache_layers(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         why = "its cache is not keys and values of every layer"
     except Exception as error:  # whatever a model's own code raises
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise CaptureError(
-        f"{type(module).__name__} cannot be captured with a key-value cache: {why}",
-        expected="layers that keep keys and values [batch, heads, tokens, width]",
-        fix="without it: --no-kv-cache (kv_cache=False)",
-    )
+    raise no_cache(module, why, expected="layers that keep keys and values [batch, heads, tokens, width]")
 
 
-def _filled(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A cache of transformers that holds these keys and values."""
+def _cache_classes() -> Callable[[Sequence[tuple[Tensor, Tensor]]], Any]:
+    """Keys and values of each layer -> a cache of transformers that holds them."""
     try:
         from transformers import cache_utils
 
@@ -224,10 +229,30 @@ def _filled(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
         new_layer: Any = cache_utils.DynamicLayer
     except (ImportError, AttributeError) as error:
         raise MissingExtra("transformers 5.0 or newer", "hf", "for key-value caches") from error
-    cache = new_cache()
-    for key, value in past:
-        layer = new_layer()
-        layer.keys, layer.values = key, value
-        layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
-        cache.layers.append(layer)
-    return cache
+
+    def filled(past: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        cache = new_cache()
+        for key, value in past:
+            layer = new_layer()
+            layer.keys, layer.values = key, value
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            cache.layers.append(layer)
+        return cache
+
+    return filled
+
+
+def no_cache(module: object, why: str = "", *, expected: str = "") -> CaptureError:
+    """The error for a model that cannot be captured so."""
+    return CaptureError(
+        f"{type(module).__name__} cannot be captured with a key-value cache{': ' if why else ''}{why}",
+        expected=expected,
+        fix="without it: --no-kv-cache (kv_cache=False)",
+    )
+
+
+def longest_text(config: Any) -> int | None:
+    """How many tokens a model of transformers takes; None if its config knows no limit."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions")
+    found = [getattr(config, name, None) for name in names]
+    return next((n for n in found if isinstance(n, int) and n > 0), None)

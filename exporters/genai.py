@@ -10,39 +10,58 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact
-from compress.errors import ExportError, MissingExtra, OutputError
+from compress.errors import ExportError, MissingExtra, ModelFileError, OutputError
 from compress.graph import Graph
-from compress.hf import tokenizer_files, tokenizer_folder, transformer_folder
-from compress.kv_cache import has_cache, is_past
+from compress.hf import causal_lm_folder, tokenizer_files, tokenizer_folder, transformer_folder
+from compress.kv_cache import has_cache, is_past, longest_text
 
 CONFIG = "genai_config.json"
 
+_NO_LIMIT = 32768
+"""Tokens to go up to with models that know no limit: their positions are distances (ALiBi)."""
 
-def check(path: Path, source: Path, kv_cache: bool | None = None) -> None:
+
+def check(path: Path, source: Path, *, kv_cache: bool | None = None, inputs: Sequence[str] = ()) -> None:
     """Find out before any work whether a folder can become one of onnxruntime-genai.
 
     Args:
         path: the ONNX file to write; its folder gets the other files.
         source: the model.
-        kv_cache: as for `compress.capture`.
+        kv_cache, inputs: as for `compress.capture`.
 
     Raises:
-        ExportError, OutputError: it cannot.
+        ExportError, OutputError, ModelFileError: it cannot.
+        MissingExtra: transformers is not installed.
     """
-    if kv_cache is False or not (source / "config.json").is_file():
+    if not source.is_dir() or not causal_lm_folder(transformer_folder(source)):
         raise ExportError(
             f"{source} cannot become a folder of onnxruntime-genai",
-            expected="a Hugging Face folder of a causal language model, captured with a key-value cache",
+            expected="the Hugging Face folder of a causal language model",
         )
+    if kv_cache is False or (inputs and not kv_cache):
+        raise ExportError(
+            "onnxruntime-genai needs a model with a key-value cache",
+            fix="leave out --input and --no-kv-cache",
+        )
+    _tokenizer(source)
+    _config(transformer_folder(source))
     if path.suffix != ".onnx":
         raise OutputError(f"{path} is no ONNX file", fix=f"-o {path.with_suffix('.onnx')}")
-    if path.resolve().parent == source.resolve():
+    folder = path.resolve().parent
+    if folder == source.resolve():
         raise OutputError(
-            f"{path.parent} is the folder of the model", fix="choose another with -o FOLDER/model.onnx"
+            f"{folder} is the folder of the model", fix="choose another with -o FOLDER/model.onnx"
+        )
+    foreign = [] if (folder / CONFIG).exists() else [f.name for f in tokenizer_files(folder)]
+    if foreign:
+        raise OutputError(
+            f"{folder} holds another model's {foreign[0]}, which would be lost",
+            fix="choose a folder of its own with -o FOLDER/model.onnx",
         )
 
 
@@ -59,13 +78,10 @@ def write(artifact: Artifact, source: Path) -> list[Path]:
     Raises:
         ExportError: the model has no key-value cache, or the folder no tokenizer.
     """
+    place = _tokenizer(source)
     source = transformer_folder(source)
-    place = tokenizer_folder(source, source)
-    if not has_cache(artifact.graph.inputs) or place is None:
-        raise ExportError(
-            f"{artifact.path.name} has no key-value cache" if place else f"{source} holds no tokenizer",
-            expected="a causal language model captured with its cache, and its tokenizer beside it",
-        )
+    if not has_cache(artifact.graph.inputs):
+        raise ExportError(f"{artifact.path.name} has no key-value cache", fix="--kv-cache (kv_cache=True)")
     folder = artifact.path.parent
     settings = genai_config(artifact.graph, source, artifact.path.name)
     written = []
@@ -90,29 +106,24 @@ def genai_config(graph: Graph, source: Path, filename: str) -> dict[str, Any]:
     Raises:
         MissingExtra: transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", f"to read the settings of {source}") from error
-    load: Any = transformers.AutoConfig.from_pretrained
-    config: Any = load(source, local_files_only=True, trust_remote_code=False)
+    config = _config(source)
     text = config.get_text_config()
     generation: dict[str, Any] = {}
     if (source / "generation_config.json").is_file():
         generation = json.loads((source / "generation_config.json").read_text("utf-8"))
 
     def token(name: str) -> Any:
-        return generation.get(name, getattr(text, name, None))
+        return _known(generation.get(name), getattr(text, name, None))
 
     cache = [spec for spec in graph.inputs if is_past(spec)]
     heads, width = cache[0].shape[1], cache[0].shape[3]
-    longest = int(text.max_position_embeddings)
+    longest = longest_text(text) or _NO_LIMIT
     end = token("eos_token_id")
     known = {
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": end,
         # it must be there; a model that was never padded has none
-        "pad_token_id": _first(token("pad_token_id"), end[0] if isinstance(end, list) else end, 0),
+        "pad_token_id": _known(token("pad_token_id"), end[0] if isinstance(end, list) else end, 0),
     }
     return {
         "model": {
@@ -146,5 +157,27 @@ def genai_config(graph: Graph, source: Path, filename: str) -> dict[str, Any]:
     }
 
 
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
+def _known(*values: Any) -> Any:
+    """The first that is not None, if any is."""
+    return next((value for value in values if value is not None), None)
+
+
+def _tokenizer(source: Path) -> Path:
+    place = tokenizer_folder(source, transformer_folder(source))
+    if place is None:
+        raise ExportError(
+            f"{source} holds no tokenizer", expected="tokenizer.json, which onnxruntime-genai reads"
+        )
+    return place
+
+
+def _config(source: Path) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", f"to read the settings of {source}") from error
+    load: Any = transformers.AutoConfig.from_pretrained
+    try:
+        return load(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly everything
+        raise ModelFileError(f"transformers cannot read the config of {source}: {error}") from error

@@ -221,7 +221,7 @@ def _time(
         timings = []
         cases = [(sample, size) for size in (batch_sizes if _has_batch(reference) else [0])]
         if has_cache(reference.inputs) and not sizes_of(reference.inputs, sample)["past"]:
-            # decoding is what takes the time; of prompts one batch
+            # decoding is what takes the time; of prompts the smallest batch
             step = decoding(reference, _batch_of(reference, sample, 1), tokens=1)
             cases = [*((step, size) for _, size in cases), cases[0]]
         for given, size in cases:

@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import compress
 from compress.data import load_calibration
-from compress.errors import CaptureError, InputSpecError, PassError
+from compress.errors import CalibrationError, CaptureError, InputSpecError, PassError
 from compress.inputs import sizes_of
-from compress.kv_cache import decoding, has_cache, with_empty_past, without_past
+from compress.kv_cache import cached, decoding, has_cache, with_empty_past, without_past
 from compress.passes.vq_logits import VqLogits
 from compress.pipeline import Context
 from compress.testing import assert_close
@@ -139,7 +140,7 @@ def test_the_file_generates_what_the_compressed_graph_generates(
     pair: tuple[Any, compress.Graph], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
-    _, graph = pair
+    model, graph = pair
     rows = torch.randint(3, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(3))
     data = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)}]
     result = compress.run(graph, "int8-weight-only", calibration=data)
@@ -150,7 +151,7 @@ def test_the_file_generates_what_the_compressed_graph_generates(
         wanted = generate(plain.run, plain, ids[some], mask[some], 6)
         found = documented()(str(artifact.path), ids[some].numpy(), mask[some].numpy(), 6)
         assert torch.equal(torch.from_numpy(found), wanted)
-    checked = compress.verify(artifact, result.reference, samples=result.samples, batch_sizes=[2], seconds=0)
+    checked = compress.verify(artifact, model, samples=result.samples, batch_sizes=[2], seconds=0)
     assert {c.output for c in checked.comparisons} == {"logits"}
     assert min(c.sqnr_db for c in checked.comparisons) > 20
     decoded, prompt = (timing.sizes for timing in checked.timings)
@@ -196,9 +197,24 @@ def values(graph: compress.Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+class Shifted(nn.Module):
+    """Logits of each position that are those of the next one's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.head(self.embed(ids).tanh())
+        return torch.cat([logits[:, 1:], logits[:, :1]], 1)
+
+
 def test_last_logits_need_a_head() -> None:
     graph = compress.capture(nn.Linear(4, 3), inputs=["1,4"])
     with pytest.raises(PassError, match="logits of positions"):
+        compress.run(graph, [_Nothing()], last_logits=True)
+    graph = compress.capture(Shifted(), inputs=["ids:int64[1,seq=5]"])
+    with pytest.raises(PassError, match="those of others"):
         compress.run(graph, [_Nothing()], last_logits=True)
 
 
@@ -214,6 +230,27 @@ def test_data_is_that_of_the_model_without_a_cache(pair: tuple[Any, compress.Gra
     (batch,) = data
     assert len(batch.inputs) == len(specs)
     assert sizes_of(specs, batch.inputs) == {"batch": 2, "seq": 20, "past": 0}
+
+
+def test_ids_alone_will_do(pair: tuple[Any, compress.Graph], tmp_path: Path) -> None:
+    specs = pair[1].inputs
+    rows = torch.arange(40).reshape(2, 20)
+    masked = {"input_ids": rows, "attention_mask": (rows > 3).long()}
+    np.savez(tmp_path / "both.npz", **{name: value.numpy() for name, value in masked.items()})
+    np.savez(tmp_path / "ids.npz", input_ids=rows.numpy())
+    np.save(tmp_path / "ids.npy", rows.numpy())
+    ones = torch.ones_like(rows)
+    sources: list[tuple[Any, Tensor]] = [
+        (rows, ones), ([rows], ones), ([{"input_ids": rows}], ones), ({"input_ids": rows}, ones),
+        (iter([rows]), ones), (tmp_path / "ids.npz", ones), (tmp_path / "ids.npy", ones),
+        (masked, masked["attention_mask"]), ([masked], masked["attention_mask"]),
+        (tmp_path / "both.npz", masked["attention_mask"]),
+    ]  # fmt: skip
+    for source, mask in sources:
+        (batch,) = load_calibration(source, inputs=specs)
+        assert torch.equal(batch.inputs[0], rows) and torch.equal(batch.inputs[1], mask)
+    with pytest.raises(CalibrationError, match="one token"):
+        decoding(pair[1], with_empty_past(specs, [rows[:, :1]]))
 
 
 def test_text_is_cut_into_windows(pair: tuple[Any, compress.Graph], tmp_path: Path) -> None:
@@ -259,7 +296,18 @@ def test_folders_of_causal_models_get_one(transformers: Any, tmp_path: Path) -> 
     assert len(compress.capture(folder, kv_cache=False).inputs) == 2
     spec = "input_ids:int64[1,seq=9]"
     assert [str(s) for s in compress.capture(folder, inputs=[spec]).inputs] == [spec]
+    assert str(compress.capture(model, inputs=[spec], kv_cache=True).inputs[1]).endswith("[1,past+seq=25]")
     with pytest.raises(InputSpecError, match="inputs of its own"):
-        compress.capture(folder, inputs=[spec], kv_cache=True)
+        compress.capture(model, inputs=[spec, "attention_mask:int64[1,seq=9]"], kv_cache=True)
     with pytest.raises(CaptureError, match="causal language model of transformers"):
         compress.capture(nn.Linear(2, 2), kv_cache=True)
+
+
+def test_models_that_keep_something_else(transformers: Any) -> None:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config).eval()
+    with pytest.raises(CaptureError, match="takes past_key_values"), cached(model):
+        pass
+    with pytest.raises(CaptureError, match="cannot be captured with a key-value cache") as caught:
+        compress.capture(model, kv_cache=True)
+    assert "--no-kv-cache" in caught.value.fix

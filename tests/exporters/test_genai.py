@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress.errors import ExportError, OutputError
 from compress.exporters import genai
+from compress.inputs import InputSpec
 from compress.kv_cache import with_empty_past
 
 _PROMPT = [5, 6, 7, 8, 9]
@@ -96,12 +99,43 @@ def _greedy(graph: compress.Graph, length: int, never: int) -> list[int]:
 
 
 def test_what_cannot_become_one(folder: Path, tmp_path: Path) -> None:
-    genai.check(tmp_path / "model.onnx", folder)
+    path = tmp_path / "model.onnx"
+    genai.check(path, folder)
     with pytest.raises(ExportError, match="key-value cache"):
-        genai.check(tmp_path / "model.onnx", folder, kv_cache=False)
-    with pytest.raises(ExportError, match="causal language model"):
-        genai.check(tmp_path / "model.onnx", tmp_path)
+        genai.check(path, folder, kv_cache=False)
+    with pytest.raises(ExportError, match="key-value cache") as caught:
+        genai.check(path, folder, inputs=["input_ids:int64[1,seq=9]"])
+    assert "leave out --input" in caught.value.fix
+    genai.check(path, folder, inputs=["input_ids:int64[1,seq=9]"], kv_cache=True)
+    with pytest.raises(ExportError, match="onnxruntime-genai"):
+        genai.check(path, tmp_path)
     with pytest.raises(OutputError, match="no ONNX file"):
         genai.check(tmp_path / "model.safetensors", folder)
     with pytest.raises(OutputError, match="folder of the model"):
         genai.check(folder / "model.onnx", folder)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"another model's tokenizer\.json"):
+        genai.check(path, folder)
+    (tmp_path / "genai_config.json").write_text("{}")
+    genai.check(path, folder)  # written by a run before
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ExportError, match="no tokenizer"):
+        genai.check(path, bare)
+    (bare / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
+    with pytest.raises(ExportError, match="onnxruntime-genai"):
+        genai.check(path, bare)
+
+
+def test_settings_of_a_model_without_a_limit(folder: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config: Any = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4)
+    config.save_pretrained(tmp_path)
+    shape = (
+        InputSpec("past_key_values.0.key", torch.float32, (1, 4, 3, 8), ((0, "batch"), (2, "past"))),
+    ) * 4
+    graph = replace(compress.capture(nn.Linear(2, 2), inputs=["1,2"]), inputs=shape)
+    model = genai.genai_config(graph, tmp_path, "model.onnx")["model"]
+    assert model["context_length"] == 32768 and model["decoder"]["num_hidden_layers"] == 2
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, 2, 2)
