@@ -112,6 +112,19 @@ DECOMPOSED = (
 )
 """Rows of the table of decomposition: what, and how the measurements call it."""
 
+COMPACTIFIED = (
+    ("float", "float", ""),
+    ("int4, groups of 32", "int4", ""),
+    ("int2, groups of 64", "int2", ""),
+    ("matrix products", "mpo -70 %", ""),
+    ("matrix products, int8", "mpo -70 %", ", int8"),
+    ("matrix products, int4", "mpo -70 %", ", int4"),
+    ("low rank", "low rank -70 %", ""),
+    ("low rank, int8", "low rank -70 %", ", int8"),
+    ("low rank, int4", "low rank -70 %", ", int4"),
+)
+"""Rows of the table of tensor networks: what, the form, and what follows its recovery."""
+
 _REDUCTIONS = (30, 40, 50, 60, 70)
 
 
@@ -160,6 +173,23 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Percent of 1,000 test images; 512 images to measure with; no training.",
         "`python bench/run.py decompose` repeats it.",
+        "",
+        *_compactified(results["compactifai"]),
+        "",
+        "Linear layers of the blocks; where they are quantized, all the rest is in 4 bits. Recovered: one",
+        "pass over 262,144 tokens towards the original's probabilities, before quantizing. At equal bytes",
+        "integers win. `python bench/run.py compactifai` repeats it.",
+        "",
+        _filled(
+            "Decoding with a key-value cache, one thread, a random Llama of d = 2048 and "
+            "{random Llama: parameters|.0f} million parameters in\n`lm-int4`: "
+            "{d = 2048, lm-int4: decoding|.1f} tokens/s against {d = 2048, lm-int4: decoding, float|.1f} in "
+            "float (**{d = 2048, lm-int4: decoding at batch 1, speed-up|.1f}x**); a prompt of 256 tokens "
+            "{d = 2048, lm-int4: prompt of 256 tokens, speed-up|.2f}x; {d = 2048, lm-int4: file|.2f} of the "
+            "bytes.\n"
+            "`python bench/run.py lm_decode` repeats it, and holds what a file generates against its graph.",
+            {m["name"]: m["value"] for m in results["lm_decode"]["measurements"]},
+        ),
     ]
     return "\n".join([_BEGIN, *lines, _END])
 
@@ -225,9 +255,26 @@ def _decomposition(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _compactified(found: dict[str, Any]) -> list[str]:
+    values = {m["name"]: m["value"] for m in found["measurements"]}
+    lines = [
+        "| 7.4 M language model as CompactifAI does it | parameters | bytes | perplexity | recovered |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for what, form, ending in COMPACTIFIED:
+        last = f"{form}, recovered{ending}" if f"{form}, recovered{ending}: perplexity" in values else form
+        removed = [values[f"{last}: {part} of the blocks removed"] for part in ("parameters", "bytes")]
+        cells = [f"-{value:.0f} %" if value else "" for value in removed]
+        before, after = (values.get(f"{name}: perplexity") for name in (form, last))
+        cells += [f"{before:.2f}" if not ending else "", f"{after:.2f}" if last != form else ""]
+        lines.append("| " + " | ".join([what, *cells]) + " |")
+    return lines
+
+
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The results of the cases the tables show."""
-    cases = {"chita", "chita_stages", "decompose", "weights", *(row.case for row in ROWS)}
+    others = ("chita", "chita_stages", "compactifai", "decompose", "lm_decode", "weights")
+    cases = {*others, *(row.case for row in ROWS)}
     return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
 
 
