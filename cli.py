@@ -33,7 +33,7 @@ from compress.console import (
     trusting,
 )
 from compress.errors import CompressError, GoalMissed, InputSpecError
-from compress.options import data_options, run_options, source_options
+from compress.options import data_options, run_options, source_options, tensorrt_options
 
 
 class _CompressByDefault(click.Group):
@@ -67,16 +67,18 @@ def cli() -> None:
 @source_options
 @data_options
 @run_options
+@tensorrt_options
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool, recipe: str,
     output: str | None, target: str | None, decode: Any, last_logits: bool, genai: bool,
     calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, metric: str | None,
     max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int, max_memory: str,
-    seed: int, quiet: bool,
+    seed: int, quiet: bool, **of_target: str | None,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
-    from compress.api import check_output, target_of
+    from compress.api import check_graph, check_output
+    from compress.exporters import target_of
     from compress.exporters.genai import check as check_genai
     from compress.exporters.genai import write as write_genai
 
@@ -92,25 +94,31 @@ def run(
     memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)
     target = target or target_of(output or "")
     stem = f"{Path(source).resolve().name.split('.')[0]}-{Path(recipe).stem}"
-    path = Path(output or stem + (".safetensors" if target == "torch" else ".onnx"))
+    path = Path(output or stem + {"torch": ".safetensors", "tensorrt": ".engine"}.get(target, ".onnx"))
+    options = {name: value for name, value in of_target.items() if value is not None}
     if genai:
         check_genai(path, Path(source), kv_cache=kv_cache, inputs=inputs)
     evaluated = (metric or "").removeprefix(_PERPLEXITY)
-    check_output(path, target, keep=(source, recipe, model, calibration, tokenizer, evaluated))
+    check_output(path, target, (source, recipe, model, calibration, tokenizer, evaluated), recipe, **options)
     eval_fn = _metric(metric, tokenizer) if metric else None
     if last_logits and isinstance(eval_fn, compress.Perplexity):
         raise InputSpecError(
             "a perplexity needs the logits of all positions, and --last-logits leaves those of one",
             fix="measure it in a run without --last-logits; with it the rest of the model is the same",
         )
+
+    def check(graph: compress.Graph) -> None:
+        check_graph(graph, target, **options)
+        if isinstance(eval_fn, compress.Perplexity):
+            eval_fn.prepare(graph)
+
     with Watching(quiet) as progress:
         progress.start("capture", 0)
         result = trusting(
             lambda trusted: compress.run(
                 source, recipe, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=trusted,
                 kv_cache=kv_cache, last_logits=last_logits, tokenizer=tokenizer, normalize=norm,
-                samples=samples, max_memory=memory, progress=progress,
-                check=eval_fn.prepare if isinstance(eval_fn, compress.Perplexity) else None,
+                samples=samples, max_memory=memory, progress=progress, check=check,
             ),
             trust,
             progress,
@@ -129,7 +137,7 @@ def run(
 
         progress.start("export", 0)
         report.artifact = compress.export(
-            result.graph, path, target, samples=result.samples[:1], results=results, decode=decode
+            result.graph, path, target, samples=result.samples[:1], results=results, decode=decode, **options
         )
     kernels = ("MatMulNBits", "w4_matmul")
     packed = any(kernel in form.loads_as for form in report.artifact.lowered for kernel in kernels)
@@ -364,6 +372,8 @@ def _check_goals(verification: Any, max_drop: float | None, min_speedup: float |
             moved = "rose" if verification.lower_is_better else "dropped"
             raise GoalMissed(f"the {name} {moved} by {drop:.4g}", expected=f"at most --max-drop {max_drop:g}")
     if min_speedup is not None:
+        if not verification.timings:
+            raise GoalMissed(f"--min-speedup was not measured: {verification.stands_in}")
         first = verification.timings[0]
         if not first.speedup >= min_speedup:
             raise GoalMissed(

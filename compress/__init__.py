@@ -1,4 +1,4 @@
-"""Any PyTorch model in, a smaller, faster and proven ONNX file out.
+"""Any PyTorch model in, a smaller, faster and proven ONNX file or TensorRT engine out.
 
 result = compress.run(model, "int4", example_inputs=(x,), calibration=batches)
 artifact = compress.export(result.graph, "model.onnx")

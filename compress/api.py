@@ -276,18 +276,20 @@ def export(
     samples: Sequence[Sequence[Tensor]] = (),
     results: Callable[[Artifact], Mapping[str, Any]] | None = None,
     decode: Literal["run", "load"] = "run",
+    **options: Any,
 ) -> Artifact:
     """Write a graph as a file, proven against the graph before it takes its name.
 
     Args:
         graph: from `run(...).graph` or `capture`.
         path: the file to write; replaced if it exists.
-        target: "onnx", or "torch": a file for `load`.
+        target: "onnx", "torch": a file for `load`, or "tensorrt": an engine.
         samples: real flat inputs to prove it on, besides two random shapes.
         results: called with the proven file before it takes its name; what it returns is stored in it.
         decode: "run" leaves large weights packed in memory, and the runtime decodes them as it
             multiplies: least memory, fast at small batches. "load" has them decoded once when the file
             is loaded: the same small file, float speed, float memory, exact values.
+        options: of the target; of "tensorrt" the fields of `compress.exporters.to_tensorrt.TensorRTExporter`.
 
     Raises:
         ExportError, VerificationError, OutputError, MissingExtra.
@@ -300,7 +302,7 @@ def export(
         )
     from compress.exporters import find
 
-    exporter = find(target)
+    exporter = find(target, **options)
     if decode not in ("run", "load"):
         raise ExportError(f"decode is {decode!r}", expected='"run" or "load"')
     path = Path(path)
@@ -347,18 +349,34 @@ def load(
     return as_module(read_package(path), decode or read_metadata(path).get("decode", "run")).to(device)
 
 
-def target_of(path: str | Path) -> str:
-    """The target that the name of a file stands for: "torch" for names of PyTorch files, "onnx" otherwise."""
-    return "torch" if Path(path).suffix in (".safetensors", ".pt", ".pth", ".pt2") else "onnx"
+def check_graph(graph: Graph, target: str = "onnx", **options: Any) -> None:
+    """Find out before a captured graph is compressed whether this target, as for `export`, can have it at all.
+
+    Raises:
+        ExportError, InputSpecError: it cannot.
+    """
+    from compress.exporters import find
+
+    reasons = find(target, **options).unsupported(graph)
+    if reasons:
+        raise ExportError("; ".join(reasons))
 
 
-def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | None] = ()) -> None:
-    """Find out before any work is done whether a file can be written here.
+def check_output(
+    path: str | Path,
+    target: str = "onnx",
+    keep: Sequence[str | None] = (),
+    recipe: RecipeLike | None = None,
+    **options: Any,
+) -> None:
+    """Find out before any work is done whether a file can be written here, of what this recipe leaves.
 
     Args:
         path: the file to write.
         target: as for `export`.
         keep: what the run reads: paths, or ``file.py:callable``. None of these files may be `path`.
+        recipe: as for `run`.
+        options: as for `export`.
 
     Raises:
         ExportError, OutputError, MissingExtra.
@@ -370,7 +388,12 @@ def check_output(path: str | Path, target: str = "onnx", keep: Sequence[str | No
         for name in {given or "", (given or "").rpartition(":")[0]} - {""}:
             if path.exists() and Path(name).exists() and path.samefile(name):
                 raise OutputError(f"{path} is one of the files read", fix="choose another name with -o")
-    find(target).check(path)
+    exporter = find(target, **options)
+    exporter.check(path)
+    if recipe is not None:
+        reasons = exporter.unsuitable(_pipeline(_recipe(recipe), recipe)[0].passes)
+        if reasons:
+            raise ExportError("; ".join(reasons))
 
 
 def verify(artifact: Artifact, reference: Graph | torch.nn.Module, **options: Any) -> Verification:

@@ -29,6 +29,26 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class BuiltLayer:
+    """One layer of a file that was compiled for its target, as the compiler lists it.
+
+    Attributes:
+        name: the compiler's own.
+        kind: e.g. "runtime_fusion" (finished on the GPU it will run on), "correlation" (a convolution).
+        nodes: names of the ONNX nodes it stands for.
+        inputs, outputs: types of what it reads and writes, e.g. "Half".
+        constants: type and shape of every weight in it.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A proven file.
 
@@ -40,6 +60,8 @@ class Artifact:
         lowered: the form of every encoded weight.
         proof_db: worst SQNR over outputs and shapes of the file, run operator by operator,
             against `graph`, in dB.
+        built_for: what a compiled file runs on and takes: GPUs, precision, sizes; empty otherwise.
+        layers: of a compiled file.
     """
 
     path: Path
@@ -48,6 +70,8 @@ class Artifact:
     nbytes: int
     lowered: tuple[Lowered, ...]
     proof_db: float
+    built_for: dict[str, str] = field(default_factory=dict)
+    layers: tuple[BuiltLayer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +126,7 @@ class Verification:
         comparisons: file and compressed graph against the original, file against compressed graph.
         timings: against the uncompressed export on the same runtime; empty if not asked for.
         float_bytes: size of that export; 0 if not made.
+        stands_in: why the file itself was not run, and what was run in its place; empty if it was.
         unfused: weights that the runtime decodes on every call.
         metric: value of the metric for "original", "compressed" and "file"; empty without one.
         metric_name: "perplexity", or "metric" for one of the user's.
@@ -123,6 +148,7 @@ class Verification:
     measured_on: str = ""
     kl: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    stands_in: str = ""
 
     @property
     def drop(self) -> float:

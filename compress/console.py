@@ -159,6 +159,8 @@ def show_report(report: Any, path: Path, written: Sequence[Path], quiet: bool) -
                 f"speed at {where}: {timing.float_ms:.3f} ms float, {timing.compressed_ms:.3f} ms compressed "
                 f"(speed-up {timing.speedup:.2f} ± {timing.spread:.2f})"
             )
+        if report.verification.stands_in:
+            click.echo(f"note: {report.verification.stands_in}", err=True)
         if report.verification.measured_on:
             click.echo(f"perplexity of {report.verification.measured_on}")
         if report.verification.unfused:

@@ -58,7 +58,7 @@ run_options = _all(
     click.option("--output", "-o", type=click.Path(), metavar="OUT",
                  help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder."),
     click.option("--target",
-                 help="onnx, or torch. Default: torch if OUT ends in .safetensors, onnx otherwise."),
+                 help="onnx, torch or tensorrt. Default: by the end of OUT (.safetensors, .engine)."),
     click.option("--decode", type=click.Choice(["run", "load"]), default="run", show_default=True,
                  help="run: weights stay packed in memory. load: decoded once when the file is loaded, at "
                       "float speed."),
@@ -80,3 +80,16 @@ run_options = _all(
     click.option("--quiet", "-q", is_flag=True, help="Print only the headline."),
 )  # fmt: skip
 """What `compress run` takes besides."""
+
+tensorrt_options = _all(
+    click.option("--gpu", metavar="SM,SM,..",
+                 help="Of an engine: the GPUs it is for. Default: sm86,sm89,sm120."),
+    click.option("--precision", type=click.Choice(["float32", "float16"]),
+                 help="Of an engine: what it computes in. Default: float16."),
+    *(
+        click.option(f"--{name}", metavar="NAME=N,..",
+                     help=f'Of an engine: {what} sizes of dynamic dimensions, such as "batch=32,seq=512".')
+        for name, what in (("min", "smallest"), ("opt", "usual"), ("max", "largest"))
+    ),
+)  # fmt: skip
+"""What target tensorrt takes, under the names of `compress.export`."""

@@ -46,6 +46,40 @@ passes:
     group_size: 32
     symmetric: false
 """,
+    "int8-static": """
+metadata:
+  name: int8-static
+  description: >-
+    8-bit weights, and 8-bit activations of convolutions on calibrated ranges, all symmetric: what TensorRT
+    takes. ONNX Runtime takes it as well; there int8 is faster.
+passes:
+  - pass: cleanup
+  - pass: smooth
+  - pass: quantize_activations
+    activations: static
+    symmetric: true
+    targets: [conv]
+  - pass: quantize_weights
+    bits: 8
+    group_size: -1
+    targets: [linear, embedding]
+""",
+    "int4-symmetric": """
+metadata:
+  name: int4-symmetric
+  description: >-
+    4-bit weights in groups of 128 without zero points: what TensorRT takes. Convolutions get 8 bits.
+passes:
+  - pass: cleanup
+  - pass: quantize_weights
+    bits: 4
+    group_size: 128
+    targets: [linear, embedding]
+  - pass: quantize_weights
+    bits: 8
+    group_size: -1
+    targets: [conv]
+""",
     "int3": """
 metadata:
   name: int3

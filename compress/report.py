@@ -59,11 +59,12 @@ class Report:
                 merged[change.weight].append(change)
         unfused = set(self.verification.unfused) if self.verification else set()
         floats = {form.weight: form.reason for form in self.artifact.lowered} if self.artifact else {}
+        loads = {form.weight: form.loads_as for form in self.artifact.lowered} if self.artifact else {}
         rank = {weight: i for i, weight in enumerate(self.order)}
         rows = []
         for weight, changes in sorted(merged.items(), key=lambda item: rank.get(item[0], len(rank))):
             last = changes[-1]
-            note = f"decoded at load: {floats[weight]}" if floats.get(weight) else ""
+            note = f"{loads[weight]}: {floats[weight]}" if floats.get(weight) else ""
             rows.append(
                 {
                     "layer": last.site,
@@ -103,6 +104,7 @@ class Report:
             if self.verification.metric:
                 parts.append(metric_words(self.verification))
             parts.append(fidelity_words(self.verification.comparisons))
+            parts += ["the file itself was NOT RUN"] if self.verification.stands_in else []
         return ", ".join(parts)
 
     def slower(self) -> bool:
@@ -121,6 +123,8 @@ class Report:
                 "bytes": self.artifact.nbytes,
                 "proof_db": self.artifact.proof_db,
                 "lowered": [dataclasses.asdict(form) for form in self.artifact.lowered],
+                "built_for": self.artifact.built_for,
+                "layers": [dataclasses.asdict(layer) for layer in self.artifact.layers],
             }
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -151,6 +155,9 @@ class Report:
         ]
         lines += ["", f"**{self.headline()}**", "", f"Calibration: {self.calibration}", ""]
         lines += [f"- {w}" for w in self.warnings] + ([""] if self.warnings else [])
+        if self.artifact is not None and self.artifact.built_for:
+            lines += ["## Built for", ""]
+            lines += [f"- {what}: {value}" for what, value in self.artifact.built_for.items()] + [""]
         if self.verification is not None:
             lines += _markdown_verification(self.verification)
         lines += [
@@ -232,6 +239,7 @@ def metric_words(v: Verification) -> str:
 
 def _markdown_verification(v: Verification) -> list[str]:
     lines = ["## Fidelity", "", f"On {v.inputs}.", ""]
+    lines += [f"{v.stands_in}.", ""] if v.stands_in else []
     lines += ["| | output | SQNR dB | cosine | max abs | top-1 agreement |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {c.what} | {c.output} | {c.sqnr_db:.1f} | {c.cosine:.5f} | {c.max_abs:.3g} "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.graph import Graph
+from compress.pipeline import Pass
 
 
 class Running(Protocol):
@@ -19,6 +20,10 @@ class Running(Protocol):
     def environment(self) -> Mapping[str, str]:
         """What results depend on, for reports; ``runtime`` is its name and version."""
 
+    @property
+    def stands_in(self) -> str:
+        """Why this is not the file itself that runs, and what does; then nothing is timed. Usually empty."""
+
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The outputs that have a name, for flat inputs, all on the CPU."""
 
@@ -27,7 +32,10 @@ class Running(Protocol):
 
 
 class Exporter(Protocol):
-    """Writes a graph as a file for one target."""
+    """Writes a graph as a file for one target.
+
+    Options of a target are the fields of its exporter, a frozen dataclass (see `compress.exporters.find`).
+    """
 
     target: ClassVar[str]
     suffix: ClassVar[str]
@@ -39,6 +47,9 @@ class Exporter(Protocol):
             MissingExtra: the packages that write this target are not installed.
             OutputError: `path` cannot be written.
         """
+
+    def unsuitable(self, passes: Sequence[Pass]) -> list[str]:
+        """Reasons why what these passes will leave cannot be written, before there is even a graph."""
 
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; found before any work is done."""

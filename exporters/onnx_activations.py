@@ -33,15 +33,20 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def translations() -> dict[Any, Any]:
-    """How `torch.onnx` writes the rounding operators."""
+def translations(*, signed: bool = False) -> dict[Any, Any]:
+    """How `torch.onnx` writes the rounding operators.
+
+    Args:
+        signed: static codes as int8, 128 less than as uint8.
+    """
     from onnxscript import opset21
 
     op: Any = opset21
+    shift, dtype = (128, 3) if signed else (0, 2)
 
     def static(x: Any, scale: float, zero_point: int) -> Any:
         s = op.Constant(value_float=scale)
-        z = op.Cast(op.Constant(value_int=zero_point), to=2)
+        z = op.Cast(op.Constant(value_int=zero_point - shift), to=dtype)
         return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
 
     def dynamic(x: Any) -> Any:

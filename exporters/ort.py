@@ -64,6 +64,7 @@ class Session:
             raise VerificationError(
                 f"ONNX Runtime cannot load the written file: {error}", fix=fix if missing else ""
             ) from error
+        self.stands_in = ""
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
 

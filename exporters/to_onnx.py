@@ -30,7 +30,7 @@ from compress.exporters.ort import Session, decoded_on_every_call, runtime
 from compress.exporters.proof import mark_roundings, prove
 from compress.exporters.publish import check_writable, publish, temporary
 from compress.graph import Graph
-from compress.pipeline import example_inputs, shapes_to_try
+from compress.pipeline import Pass, example_inputs, shapes_to_try
 from compress.progress import quiet
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class OnnxExporter:
         runtime()
         _packages()
         check_writable(path)
+
+    def unsuitable(self, passes: Sequence[Pass]) -> list[str]:
+        """See `compress.exporters.exporter.Exporter.unsuitable`: it takes what any pass leaves."""
+        return []
 
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; empty if none is known."""
@@ -92,15 +96,15 @@ class OnnxExporter:
         if reasons:
             raise ExportError("; ".join(reasons))
         model, lowered = build_model(graph, decode)
-        model.metadata_props.update(_as_text(metadata or {}))
+        model.metadata_props.update(as_text(metadata or {}))
         with temporary(path) as folder:
-            written = _save(model, folder / path.name)
+            written = save(model, folder / path.name)
             trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
             worst = prove(written[0], graph, lowered, [*trials, *samples])
             size = sum(f.stat().st_size for f in written)
             artifact = Artifact(written[0], self.target, graph, size, tuple(lowered), worst)
             if results is not None:
-                _add_metadata(written[0], {"results": results(artifact)})
+                add_metadata(written[0], {"results": results(artifact)})
             publish(written, path)
         size = sum((path.parent / f.name).stat().st_size for f in written)
         return replace(artifact, path=path, nbytes=size)
@@ -122,7 +126,6 @@ class OnnxExporter:
         return decoded_on_every_call(artifact.path, decoders) if decoders else []
 
 
-@quiet()
 def build_model(
     graph: Graph, decode: Decode = "run", *, faster: bool = True
 ) -> tuple[ir.Model, list[Lowered]]:
@@ -139,15 +142,50 @@ def build_model(
         MissingExtra: the packages that write ONNX are not installed.
     """
     _packages()
-    import onnx_ir as ir
-
     from compress.exporters.onnx_bitmap import lower_bitmaps
     from compress.exporters.onnx_codebook import lower_codebooks
     from compress.exporters.onnx_cores import lower_cores
     from compress.exporters.onnx_forms import faster_forms
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
 
-    program = _translate(graph)
+    def lower(model: ir.Model) -> list[Lowered]:
+        fold_below = math.inf if decode == "load" else FOLD_BELOW
+        encoded = graph.encodings.items()
+        integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
+        codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
+        bitmaps = {name: weight for name, weight in encoded if isinstance(weight, BitmapWeight)}
+        cores = {name: weight for name, weight in encoded if isinstance(weight, CoreWeight)}
+        lowered = lower_weights(model, integers, fold_below=fold_below) + lower_cores(model, cores)
+        lowered += lower_codebooks(model, codebooks) + lower_bitmaps(model, bitmaps)
+        if faster:
+            faster_forms(model)
+        return lowered
+
+    return assemble(graph, lower)
+
+
+@quiet()
+def assemble(
+    graph: Graph, lower: Callable[[ir.Model], list[Lowered]], *, signed: bool = False
+) -> tuple[ir.Model, list[Lowered]]:
+    """An ONNX model in memory, for any target.
+
+    Args:
+        graph: what to translate.
+        lower: gives encoded weights their form, in place: each is an input of the model by its name.
+        signed: write codes of rounded activations as int8 instead of uint8; all must be symmetric.
+
+    Returns:
+        the model, and what `lower` says of the weights.
+
+    Raises:
+        ExportError: an operator has no ONNX form.
+        MissingExtra: the packages that write ONNX are not installed.
+    """
+    _packages()
+    import onnx_ir as ir
+
+    program = _translate(graph, translations(signed=signed))
     model = program.model
     mark_roundings(model, graph)
     hidden = _hide(model, graph)
@@ -158,16 +196,7 @@ def build_model(
             model.graph.inputs.remove(value)
             value.const_value = hidden[str(value.name)]
             model.graph.register_initializer(value)
-    fold_below = math.inf if decode == "load" else FOLD_BELOW
-    encoded = graph.encodings.items()
-    integers = {name: weight for name, weight in encoded if isinstance(weight, EncodedWeight)}
-    codebooks = {name: weight for name, weight in encoded if isinstance(weight, CodebookWeight)}
-    bitmaps = {name: weight for name, weight in encoded if isinstance(weight, BitmapWeight)}
-    cores = {name: weight for name, weight in encoded if isinstance(weight, CoreWeight)}
-    lowered = lower_weights(model, integers, fold_below=fold_below) + lower_cores(model, cores)
-    lowered += lower_codebooks(model, codebooks) + lower_bitmaps(model, bitmaps)
-    if faster:
-        faster_forms(model)
+    lowered = lower(model)
     common = ir.passes.common
     for step in (
         common.RemoveUnusedNodesPass(),
@@ -183,7 +212,7 @@ def build_model(
     return model, lowered
 
 
-def _translate(graph: Graph) -> Any:
+def _translate(graph: Graph, table: Mapping[Any, Any]) -> Any:
     """`torch.onnx` on the graph with empty placeholders for encoded weights."""
     hollow = graph.copy()
     for name, encoded in graph.encodings.items():
@@ -210,7 +239,7 @@ def _translate(graph: Graph) -> Any:
                 opset_version=OPSET,
                 input_names=[str(s.name) for s in graph.inputs],
                 output_names=[n for n in graph.output_names if n is not None],
-                custom_translation_table=translations(),
+                custom_translation_table=dict(table),
             )
     except Exception as error:
         raise ExportError(
@@ -308,7 +337,8 @@ def _packages() -> None:
         raise MissingExtra(error.name or "onnx", "onnx", "to write ONNX files") from None
 
 
-def _save(model: ir.Model, path: Path) -> list[Path]:
+def save(model: ir.Model, path: Path) -> list[Path]:
+    """Write a model; large weights go to a second file beside it, `<name>.data`."""
     import onnx_ir as ir
 
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
@@ -320,19 +350,20 @@ def _save(model: ir.Model, path: Path) -> list[Path]:
     return [path]
 
 
-def _as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
+def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Properties of an ONNX file."""
     return {
         f"compress.{key}": value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for key, value in sorted(metadata.items())
     }
 
 
-def _add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+def add_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     """Add properties to a file already written; its tensors are not touched."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    for key, value in _as_text(metadata).items():
+    for key, value in as_text(metadata).items():
         model.metadata_props.add(key=key, value=value)
     onnx.save(model, path)
 

@@ -24,7 +24,7 @@ from compress.graph import Graph
 from compress.kernels.fuse import HALF, Decode, fuse
 from compress.kernels.runtime import CompressedModule
 from compress.package import add_metadata, program, read_metadata, read_package, unwritable, write_package
-from compress.pipeline import example_inputs, shapes_to_try
+from compress.pipeline import Pass, example_inputs, shapes_to_try
 
 _LIMIT_DB = 50.0
 _HALF_DB = 25.0
@@ -48,6 +48,10 @@ class TorchExporter:
                 fix=f"-o {path.with_suffix(self.suffix)}",
             )
         check_writable(path)
+
+    def unsuitable(self, passes: Sequence[Pass]) -> list[str]:
+        """See `compress.exporters.exporter.Exporter.unsuitable`: it takes what any pass leaves."""
+        return []
 
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; empty if none is known."""
@@ -110,6 +114,7 @@ class RunningModule:
         graph = read_package(path)
         decode: Decode = read_metadata(path).get("decode", "run")
         self.graph, self.device, self.threads = graph, device, threads
+        self.stands_in = ""
         self.module = fuse(graph, decode)[0].flat_module(CompressedModule).to(device)
 
     @property

@@ -66,9 +66,11 @@ def verify(
     """
     progress = progress or Silent()
     stages = 0 if eval_fn is None else 1 if isinstance(eval_fn, Perplexity) else 3
-    progress.start("verify", 2 + len(batch_sizes) + stages)
     exporter: Exporter = find(artifact.target)
     session = exporter.open(artifact.path, threads=threads)
+    if session.stands_in:
+        batch_sizes = ()
+    progress.start("verify", 2 + len(batch_sizes) + stages)
     plain = artifact.graph.decoded()
     inputs = _inputs(reference, samples)
     progress.step("fidelity")
@@ -101,6 +103,7 @@ def verify(
         float_bytes=float_bytes,
         unfused=tuple(unfused),
         environment={**session.environment, "threads": threads, "processor": processor()},
+        stands_in=session.stands_in,
         **measured,
     )
 

@@ -1,0 +1,178 @@
+"""Encoded weights in ONNX for TensorRT: signed integers, scales, DequantizeLinear.
+
+========================== ======================================== =======================================
+weight                     form in the ONNX file                    what TensorRT-RTX makes of it
+========================== ======================================== =======================================
+linear, 4 bits             INT4 ``[O, N]`` -> DequantizeLinear      packed; one layer with the product,
+                           (axis 1, blocks) -> the product          which decodes as it multiplies
+linear, 8 bits, whole rows INT8 -> DequantizeLinear (axis 0) ->     the same
+                           the product
+embedding                  either -> Gather                         packed; one layer that decodes the
+                                                                    rows looked up
+linear, 8 bits, groups     INT8 -> DequantizeLinear (axis 1,        packed; decoded on every call by a
+                           blocks) -> the product                   layer of its own
+convolution                either (-> Reshape) -> Conv              the same
+convolution, 8-bit input   INT8 -> DequantizeLinear (axis 0) ->     an integer convolution
+                           Conv
+codebook, bitmap, cores    a float weight, decoded at export        a float weight
+========================== ======================================== =======================================
+
+All found in the layers that TensorRT-RTX 1.7.1 lists. It takes 4-bit weights of two blocks or more into the
+product, and an even number of outputs, but no whole rows; 8-bit weights by the row, but no blocks. So 4-bit
+rows with one scale are cut into blocks, and blocks that do not divide a row into the largest ones that do,
+with the scales
+repeated: the same weight, bit for bit. Where less than `_SMALLEST` divides both, the weight is written as
+    floats.
+
+Scales of 8-bit weights must be positive. Codes of a group with a negative one change their sign with it,
+where -128
+becomes 127: `only_integers` says of which weights that is true.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from compress.artifact import Lowered
+from compress.encoding import EncodedWeight, encode
+from compress.exporters.onnx_weights import Builder, Use, placeholders
+from compress.graph import Graph
+
+_SMALLEST = 8
+"""The shortest block that is written; shorter ones would cost more in scales than 8 bits cost in all."""
+
+_DECODED = ("MatMul", "Gemm", "Gather", "Conv")
+"""Readers of a weight that TensorRT takes DequantizeLinear in front of."""
+
+
+def only_integers(graph: Graph) -> tuple[Graph, list[Lowered], dict[str, str]]:
+    """The graph with no encodings but those TensorRT has.
+
+    Returns:
+        the graph; what is to be said of weights that are floats in it; and of those whose values are a little
+        different, by name.
+    """
+    graph, lowered, notes = graph.copy(), [], {}
+    for name, encoded in list(graph.encodings.items()):
+        if not isinstance(encoded, EncodedWeight):
+            graph.set_weight(name, encoded.decode())
+            reason = f"TensorRT has no form of {encoded.encoding}"
+            lowered.append(Lowered(name, "float", "decoded at export", reason=reason))
+        elif encoded.encoding.bits == 8 and bool((encoded.scales < 0).any()):
+            codes, count = _positive(encoded)
+            if count:
+                notes[name] = f"{count} codes of -128 became 127: scales have to be positive"
+            unsigned = (codes + encoded.encoding.zero).to(torch.uint8)
+            graph.set_weight(name, torch.zeros(encoded.shape))
+            graph.set_encoding(
+                name,
+                encode(unsigned, encoded.scales.abs(), None, encoded.encoding, encoded.shape, encoded.dtype),
+            )
+    return graph, lowered, notes
+
+
+def _positive(encoded: EncodedWeight) -> tuple[torch.Tensor, int]:
+    """Signed codes int16 ``[O, N]`` for positive scales, and how many had to become one step smaller."""
+    signed = encoded.unpacked()[0].to(torch.int16) - encoded.encoding.zero
+    width = encoded.encoding.width(encoded.columns)
+    scales = encoded.scales.repeat_interleave(width, 1)[:, : encoded.columns]
+    turned = torch.where(scales < 0, -signed, signed)
+    return turned.clamp(max=127), int((turned > 127).sum())
+
+
+def lower_integers(model: ir.Model, graph: Graph, notes: Mapping[str, str]) -> list[Lowered]:
+    """Replace the placeholders of integer weights, graph inputs by name, by the forms above.
+
+    Args:
+        model: rewritten in place.
+        graph, notes: of `only_integers`; all encodings are symmetric, of 4 or 8 bits, and float32.
+    """
+    builder = Builder(model)
+    integers = {name: e for name, e in graph.encodings.items() if isinstance(e, EncodedWeight)}
+    lowered = []
+    for name, value, uses in placeholders(model, integers):
+        encoded, before = integers[name], next(iter(value.uses())).node
+        reason = _why_not(encoded, uses)
+        if reason:
+            plain = builder.initializer(f"{name}.values", encoded.decode().contiguous().numpy())
+            value.replace_all_uses_with(plain)
+            lowered.append(Lowered(name, "float", "decoded at export", reason=reason))
+            continue
+        result, form = _decoder(builder, before, name, encoded, wide=any(map(_rounded, uses)))
+        value.replace_all_uses_with(result)
+        lowered.append(Lowered(name, form, "", (f"{name}/decode",), notes.get(name, "")))
+    return lowered
+
+
+def _why_not(encoded: EncodedWeight, uses: list[Use]) -> str:
+    others = sorted({node.op_type for _, node, _ in uses} - set(_DECODED))
+    if others:
+        return f"read by {', '.join(others)}"
+    block = _block(encoded)
+    if block < _SMALLEST:
+        return (
+            f"rows of {encoded.columns} are not made of blocks: {encoded.encoding.group_size} and it share "
+            f"{block}"
+        )
+    return ""
+
+
+def _block(encoded: EncodedWeight) -> int:
+    """The longest blocks that divide both a row and the groups of its scales."""
+    columns, encoding = encoded.columns, encoded.encoding
+    if not _whole(encoded):
+        return math.gcd(encoding.group_size, columns)
+    if encoding.bits == 8 or len(encoded.shape) != 2:
+        return columns
+    return next((n for n in (128, 64, 32, 16, 8) if columns % n == 0 and columns > n), columns)
+
+
+def _whole(encoded: EncodedWeight) -> bool:
+    return encoded.encoding.groups(encoded.columns) == 1
+
+
+def _rounded(use: Use) -> bool:
+    """Whether the other operand is a rounded activation: integer kernels take two of one type."""
+    kind, node, index = use
+    other = node.inputs[1 - index] if kind != "embedding" and node.op_type != "Gather" else None
+    source = None if other is None else other.producer()
+    return source is not None and source.op_type == "DequantizeLinear"
+
+
+def _decoder(
+    builder: Builder, before: ir.Node, name: str, encoded: EncodedWeight, *, wide: bool
+) -> tuple[ir.Value, str]:
+    """The decoded weight, and the form for the report."""
+    signed = encoded.unpacked()[0].to(torch.int16) - encoded.encoding.zero
+    scales = encoded.scales
+    # an odd number of 4-bit codes does not build
+    four = encoded.encoding.bits == 4 and not wide and signed.numel() % 2 == 0
+    if not four:
+        signed, scales = _positive(encoded)[0], scales.abs()
+    dtype, kind = (ml_dtypes.int4, "INT4") if four else (np.int8, "INT8")
+    attributes: dict[str, Any] = {"axis": 0}
+    shape = encoded.shape
+    block, width = _block(encoded), encoded.encoding.width(encoded.columns)
+    if block < encoded.columns and not (wide and _whole(encoded)):
+        scales = scales.repeat_interleave(max(width // block, 1), 1)[:, : encoded.columns // block]
+        shape, attributes = (len(signed), encoded.columns), {"axis": 1, "block_size": block}
+    else:
+        scales = scales[:, 0]
+    codes = builder.initializer(f"{name}.codes", signed.reshape(shape).numpy().astype(dtype))
+    steps = builder.initializer(f"{name}.scales", scales.contiguous().numpy())
+    result = builder.node(before, "DequantizeLinear", [codes, steps], f"{name}/decode", **attributes)
+    result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    form = f"DequantizeLinear({kind})"
+    if shape != encoded.shape:
+        sizes = builder.initializer(f"{name}.shape", np.array(encoded.shape, dtype=np.int64))
+        result = builder.node(before, "Reshape", [result, sizes], f"{name}/reshape")
+        result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(encoded.shape)
+        form += " -> Reshape"
+    return result, form
