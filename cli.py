@@ -2,6 +2,7 @@
 
 compress model.pt --recipe int4 --model net.py:build --input 1,3,32,32 -o model.onnx
 compress inspect model.pt --sensitivity -c images.npz
+compress diff model.pt model.onnx --model net.py:build -c images.npz
 compress recipes
 compress tune
 compress doctor
@@ -27,13 +28,14 @@ from compress.console import (
     Watching,
     integers,
     mean_and_std,
+    show_divergence,
     show_profile,
     show_report,
     size_in_bytes,
     trusting,
 )
 from compress.errors import CompressError, GoalMissed, InputSpecError
-from compress.options import data_options, run_options, source_options, tensorrt_options
+from compress.options import data_options, diff_options, run_options, source_options, tensorrt_options
 
 
 class _CompressByDefault(click.Group):
@@ -286,6 +288,35 @@ def inspect(
         show_profile(profile)
         if picture is not None:
             click.echo(f"drew {picture}")
+
+
+@cli.command()
+@diff_options
+def diff(
+    a: str, b: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool,
+    calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compare models A and B layer by layer, and name the first where they part.
+
+    A is taken for right. Each is an ONNX file, or anything `compress run` takes.
+    """
+    import compress
+
+    norm = mean_and_std(normalize)
+    with Watching(as_json) as progress:
+        found = trusting(
+            lambda ok: compress.diff(
+                a, b, calibration=calibration, seed=seed, inputs=inputs, model=model, trust=ok,
+                kv_cache=kv_cache, tokenizer=tokenizer, normalize=norm, samples=samples, progress=progress,
+            ),
+            trust,
+            progress,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_divergence(found)
 
 
 @cli.command()

@@ -7,12 +7,13 @@ print(compress.verify(artifact, result.reference))
 
 from __future__ import annotations
 
-from compress.api import Result, export, load, profile, random_masks, run, sparse_train, verify
+from compress.api import Result, diff, export, load, profile, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight
 from compress.cores import CoreEncoding, CoreWeight
+from compress.divergence import Divergence
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError
 from compress.graph import Graph, Site
@@ -35,6 +36,7 @@ __all__ = [
     "Context",
     "CoreEncoding",
     "CoreWeight",
+    "Divergence",
     "Encoded",
     "EncodedWeight",
     "FixedMasks",
@@ -53,6 +55,7 @@ __all__ = [
     "Site",
     "Verification",
     "capture",
+    "diff",
     "export",
     "load",
     "profile",

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from compress.artifact import Artifact, Verification
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing, load_calibration
+from compress.divergence import Divergence
 from compress.errors import ExportError, ModelFileError, OutputError, PassError, RecipeError
 from compress.examples import described, first_sample
 from compress.graph import Graph
@@ -31,9 +32,10 @@ from compress.pipeline import Context, Pass, Pipeline
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
 from compress.recipes import RECIPES, named
-from compress.report import Report
+from compress.report import Report, provenance, versions
 from compress.sparse import TrainingData, prunable, train
 from compress.training import Augmentation
+from compress.two_models import diff as diff_models
 
 RecipeLike = str | Path | Mapping[str, Any] | Sequence[Pass] | Recipe
 EvalFn = Callable[[torch.nn.Module], float]
@@ -126,7 +128,7 @@ def run(
     graph.meta.update(recipe=resolved, seed=seed, calibration_sha256=data.sha256 if data else None)
     report = Report(
         recipe=resolved,
-        provenance=_provenance(reference, data, seed),
+        provenance=provenance(reference, data, seed),
         passes=reports,
         float_bytes=reference.nbytes,
         tensor_bytes=graph.nbytes,
@@ -268,6 +270,23 @@ def profile(
     return profile_graph(graph, drafts, ranks, data, max_memory=max_memory, progress=progress)
 
 
+def diff(a: Source, b: Source, **options: Any) -> Divergence:
+    """Two models layer by layer: the error at each point they share, and the first where they part.
+
+    Args:
+        a: what is taken for right: anything `capture` takes, or the path of an ONNX file.
+        b: what is asked about: the same.
+        options: of `compress.two_models.diff`: calibration, inputs, example_inputs, model, samples, seed, ...
+    """
+    from compress.exporters.onnx_points import OnnxPoints
+    from compress.passes.cleanup import Cleanup
+
+    def cleaned(graph: Graph) -> Graph:
+        return Cleanup.model_validate({}).apply(graph, Context(graph)).graph
+
+    return diff_models(a, b, OnnxPoints, cleaned, **options)
+
+
 def export(
     graph: Graph,
     path: str | Path,
@@ -310,7 +329,7 @@ def export(
         raise OutputError(f"{path} is no file name")
     keys = ("recipe", "seed", "source", "sha256", "calibration_sha256")
     metadata = {k: graph.meta[k] for k in keys if graph.meta.get(k) is not None}
-    metadata["versions"] = _versions()
+    metadata["versions"] = versions()
     artifact: Artifact = exporter.export(
         graph, path, samples=samples, metadata=metadata, results=results, decode=decode
     )
@@ -350,7 +369,7 @@ def load(
 
 
 def check_graph(graph: Graph, target: str = "onnx", **options: Any) -> None:
-    """Find out before a captured graph is compressed whether this target, as for `export`, can have it at all.
+    """Find out before a captured graph is compressed whether this target, as for `export`, can have it.
 
     Raises:
         ExportError, InputSpecError: it cannot.
@@ -490,27 +509,6 @@ def _some(data: CalibrationData | None, reference: Graph) -> list[tuple[Tensor, 
         if len(batches) >= 16:
             break
     return batches[:16]
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("compress-models")
-    except PackageNotFoundError:
-        own = "unknown"
-    return {"compress": own, "torch": torch.__version__}
-
-
-def _provenance(reference: Graph, data: CalibrationData | None, seed: int) -> dict[str, Any]:
-    return {
-        "source": reference.meta.get("source"),
-        "sha256": reference.meta.get("sha256"),
-        "calibration_sha256": data.sha256 if data else None,
-        "notes": reference.meta.get("notes", []),
-        "seed": seed,
-        "versions": _versions(),
-    }
 
 
 def _layer_latency(*args: Any) -> dict[str, list[float]]:

@@ -189,3 +189,25 @@ def show_profile(profile: Any) -> None:
     for note in profile.notes:
         click.echo(f"{note.site}: {note.reason}")
     click.echo(f"\n{profile.depth()}")
+
+
+def show_divergence(found: Any) -> None:
+    """A table of the points two models share, what they ran on, and the headline."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind")
+    for heading in ("bits", "arriving dB", "own dB", "output dB", "cosine", "largest"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    table.add_column("")
+    for point in found.points:
+        decibels = (point.arriving_db, point.own_db, point.output_db)
+        figures = ["" if value is None else f"{value:.1f}" for value in decibels]
+        figures.append("" if point.cosine is None else f"{point.cosine:.5f}")
+        figures.append("" if point.max_abs is None else f"{point.max_abs:.2g}")
+        note = f"<- {point.note}" if point.out_of_line else point.note
+        table.add_row(point.name, point.kind, str(point.bits or ""), *figures, note)
+    STDOUT.print(table)
+    click.echo(f"run on {found.inputs}")
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    click.echo(found.headline())

@@ -21,8 +21,7 @@ def _all(*options: _Decorator) -> _Decorator:
     return add
 
 
-source_options = _all(
-    click.argument("source", metavar="MODEL", type=click.Path()),
+model_options = _all(
     click.option("--model", "-m", metavar="MODULE:CALLABLE",
                  help="Builds the module when MODEL holds only weights: package.module:callable or "
                       "file.py:callable."),
@@ -35,22 +34,41 @@ source_options = _all(
     click.option("--trust", is_flag=True,
                  help="Load files that can execute code (pickled modules, exported programs)."),
 )  # fmt: skip
-"""What every command that loads a model takes."""
+"""How a model is loaded."""
 
-data_options = _all(
+source_options = _all(click.argument("source", metavar="MODEL", type=click.Path()), model_options)
+"""What every command that loads one model takes."""
+
+_reading = _all(
     click.option("--calibration", "-c", metavar="DATA",
                  help="Real inputs: .npz, .npy, .safetensors, a folder of images, a text file, or "
                       "module:callable."),
     click.option("--tokenizer", metavar="PATH", help="tokenizer.json or a Hugging Face folder, for text."),
     click.option("--normalize", metavar="MEAN/STD",
                  help='For images, per channel: "0.485,0.456,0.406/0.229,0.224,0.225".'),
+)  # fmt: skip
+_seed = click.option("--seed", default=0, show_default=True, help="Of everything random.")
+
+data_options = _all(
+    _reading,
     click.option("--samples", default=512, show_default=True, help="Calibration samples to use."),
     click.option("--max-memory", default="2GB", show_default=True, metavar="SIZE",
                  help="Memory for activations while calibrating; the rest goes to disk. Gradients "
                       "(prune_chita) must fit."),
-    click.option("--seed", default=0, show_default=True, help="Of everything random."),
+    _seed,
 )  # fmt: skip
 """What every command that reads calibration data takes."""
+
+diff_options = _all(
+    click.argument("a", metavar="A", type=click.Path()),
+    click.argument("b", metavar="B", type=click.Path()),
+    model_options,
+    _reading,
+    click.option("--samples", default=16, show_default=True, help="Samples to compare on."),
+    _seed,
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+)
+"""What `compress diff` takes."""
 
 run_options = _all(
     click.option("--recipe", "-r", default="int8", show_default=True, metavar="NAME|FILE",

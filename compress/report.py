@@ -10,7 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.artifact import Artifact, Comparison, Timing, Verification
+from compress.data import CalibrationData
+from compress.graph import Graph
 from compress.pipeline import Change, PassReport
 
 SCHEMA_VERSION = 1
@@ -290,3 +294,26 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of torch, for files and reports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("compress-models")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"compress": own, "torch": torch.__version__}
+
+
+def provenance(reference: Graph, data: CalibrationData | None, seed: int) -> dict[str, Any]:
+    """Where a run's model and data came from; `reference` is the graph as captured."""
+    return {
+        "source": reference.meta.get("source"),
+        "sha256": reference.meta.get("sha256"),
+        "calibration_sha256": data.sha256 if data else None,
+        "notes": reference.meta.get("notes", []),
+        "seed": seed,
+        "versions": versions(),
+    }

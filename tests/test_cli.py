@@ -529,3 +529,32 @@ def test_kill_leaves_no_file_under_the_name(delay: float, folder: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not list(folder.glob("m.onnx*"))
+
+
+def test_diff_names_the_layer_that_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["model.pt", "--model", "net.py:build", "-c", "data.npz"]
+    code, _, _ = compress(*source, "-r", "int4", "-o", "m.onnx", "--batch-sizes", "", "-q", capsys=capsys)
+    assert code == 0
+    model = onnx.load("m.onnx")
+    scales = next(t for t in model.graph.initializer if t.name == "fc1.weight.scales")
+    values = onnx.numpy_helper.to_array(scales) * np.float32(1.5)
+    scales.CopyFrom(onnx.numpy_helper.from_array(values, scales.name))
+    onnx.save(model, "wrong.onnx")
+    against = ["diff", "model.pt", "wrong.onnx", "--model", "net.py:build"]
+    code, out, err = compress(*against, "-c", "data.npz", capsys=capsys)
+    assert code == 0, err
+    assert out.splitlines()[-1].startswith("parts at fc1: 6")
+    assert "times as large" in next(line for line in out.splitlines() if line.startswith("fc1"))
+    assert "16 samples" in out
+    # the shapes are those of the file, where nothing else is given
+    code, out, err = compress(*against, "--json", capsys=capsys)
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["parts_at"] == "fc1"
+    assert "random" in data["inputs"]
+    code, out, err = compress("diff", "m.onnx", "m.onnx", capsys=capsys)
+    assert code == 0, err
+    assert "bit for bit" in out
+    code, _, err = compress("diff", "m.onnx", "missing.onnx", capsys=capsys)
+    assert code == 2
+    assert "missing.onnx" in err
