@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,9 @@ from compress.inputs import InputSpec
 from compress.points import GraphPoints, Points
 from compress.progress import Progress, Silent
 from compress.sniff import FileKind, sniff
+
+_AT_ONCE = 4
+"""Samples in a batch: the values between all layers of both models are kept at once."""
 
 
 def diff(
@@ -83,11 +87,13 @@ def diff(
     one, other = sides[0], sides[1]
     batches: Iterable[Sequence[Tensor]]
     if calibration is None:
-        batches = [one.random(sizes_for(one, other, samples), seed)]
+        sizes = sizes_for(one, other, min(samples, _AT_ONCE))
+        count = math.ceil(samples / _AT_ONCE)
+        batches = (one.random(sizes, seed + i) for i in range(count))
         words = f"{samples} random inputs: give calibration data to see real activations"
     else:
         data = load_calibration(
-            calibration, inputs=one.inputs, tokenizer=tokenizer, samples=samples, batch_size=4,
+            calibration, inputs=one.inputs, tokenizer=tokenizer, samples=samples, batch_size=_AT_ONCE,
             normalize=normalize, seed=seed,
         )  # fmt: skip
         batches, words = data.inputs(), data.description
