@@ -247,6 +247,18 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "lm_bits",
+            "a language model at three effective bits: mixed precision beside uniform ones and a peer",
+            "bench.cases.lm_bits:run",
+            (
+                "package:tokenizers",
+                "data/wikitext2.train.txt.gz",
+                "data/wikitext2.test.txt.gz",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
             "lm_decode",
             "a language model with a key-value cache in ONNX Runtime, token for token; speed in 4 bits",
             "bench.cases.lm_decode:run",

