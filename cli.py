@@ -297,7 +297,7 @@ def diff(
     calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, seed: int,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Compare models A and B layer by layer, and name the first where they part.
+    """Compare two models layer by layer, to find where they part.
 
     A is taken for right. Each is an ONNX file, or anything `compress run` takes.
     """
