@@ -192,7 +192,7 @@ def kmeans(points: Tensor, mass: Tensor, clusters: int, *, bins: int = _BINS) ->
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
     """Index of the entry nearest to each value, int64; `table` is ascending."""
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
+    return torch.bucketize(values.contiguous(), (table[1:] + table[:-1]) / 2)
 
 
 def fit_scales(weight: Tensor, importance: Tensor, table: Tensor, encoding: CodebookEncoding) -> Coded:
