@@ -37,6 +37,7 @@ if "bench" not in sys.modules:  # as in bench/run.py: the root must stay off sys
     assert _spec is not None
     sys.modules["bench"] = importlib.util.module_from_spec(_spec)
 
+# found by the lines above
 from bench import text  # noqa: E402
 from bench.models import SmallLM  # noqa: E402
 from bench.run import default_data  # noqa: E402

@@ -153,11 +153,15 @@ class InputSpec:
         """The dtype as it is written: "float32"."""
         return _NAME_OF[self.dtype]
 
-    def sized(self, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
+    def sized(self, sizes: Mapping[str, int] | None = None, *, least: int = 1) -> tuple[int, ...]:
         """The shape with dynamic axes at `sizes`; names this input does not have are ignored.
 
+        Args:
+            sizes: by name.
+            least: the smallest size that is taken; 0 where a key-value cache may be empty.
+
         Raises:
-            InputSpecError: a size below 0; 0 is what a cache starts with.
+            InputSpecError: a size below that.
         """
         shape = list(self.shape)
         for axis, symbol in self.dynamic:
@@ -165,9 +169,9 @@ class InputSpec:
             known = [size for size in found if size is not None]
             if len(known) == len(found):
                 shape[axis] = sum(known)
-        if min(shape, default=1) < 0:
+        if min(shape, default=1) < least:
             raise InputSpecError(
-                f"input {self} was asked for at shape {shape}", expected="sizes of 0 or more"
+                f"input {self} was asked for at shape {shape}", expected=f"sizes of {least} or more"
             )
         return tuple(shape)
 
@@ -192,7 +196,7 @@ class InputSpec:
             A tensor of this dtype, shape `sized(sizes)`.
 
         Raises:
-            InputSpecError: a size below 0, or a `high` that is below 1 or beyond the dtype.
+            InputSpecError: a size below 1, or a `high` that is below 1 or beyond the dtype.
         """
         shape = self.sized(sizes)
         device = generator.device if generator is not None else torch.device("cpu")
@@ -316,7 +320,7 @@ def cut(specs: Sequence[InputSpec], inputs: Sequence[Tensor], sizes: Mapping[str
     sizes = {**sizes_of(specs, inputs), **sizes}
     found = []
     for spec, tensor in zip(specs, inputs, strict=True):
-        shape = spec.sized(sizes)
+        shape = spec.sized(sizes, least=0)
         for axis, _ in spec.dynamic:
             tensor = tensor.narrow(axis, 0, shape[axis])
         found.append(tensor.contiguous())

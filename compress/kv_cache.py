@@ -73,7 +73,7 @@ def with_empty_past(specs: Sequence[InputSpec], given: Sequence[Tensor]) -> tupl
     remaining = iter(given)
     sizes = {"batch": len(given[0]), PAST: 0}
     return tuple(
-        torch.zeros(spec.sized(sizes), dtype=spec.dtype) if is_past(spec) else next(remaining)
+        torch.zeros(spec.sized(sizes, least=0), dtype=spec.dtype) if is_past(spec) else next(remaining)
         for spec in specs
     )
 

@@ -204,7 +204,8 @@ def pairs(a: Points, b: Points) -> list[Pair]:
     for j, y in list(right.items()):
         if parts := _parts(y, left):
             found[parts[0]] = Pair(_joined([left.pop(i) for i in parts], y.name), right.pop(j), "chain")
-    for how in ("weight", "order"):
+    ways: tuple[How, ...] = ("weight", "order")
+    for how in ways:
         if how == "order":
             for i, x in list(left.items()):
                 # the other's names mean something only if they are those of this graph
@@ -215,7 +216,7 @@ def pairs(a: Points, b: Points) -> list[Pair]:
             ranked = [(_alike(a, x, b, y, how), -j) for j, y in right.items() if x.kind == y.kind]
             score, last = max(ranked, default=(0.0, 0))
             if score >= _ALIKE:
-                take(i, -last, how)  # type: ignore[arg-type]
+                take(i, -last, how)
     for i, pair in found.items():
         found[i] = _with_what_leads_to(pair, right)
     ordered = [found[i] if i in found else Pair(left[i], None) for i in sorted({*found, *left})]

@@ -100,6 +100,7 @@ def build(onnx: Path, shapes: Mapping[str, tuple[Shape, Shape, Shape]], gpus: Se
 
 
 def _log(trt: Any) -> Any:
+    # which package it comes from is known when this runs
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps errors and the list of layers, prints nothing."""
 

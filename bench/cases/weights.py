@@ -7,7 +7,6 @@ model, which is then judged by one evaluation. Linear layers only, the output he
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -138,11 +137,8 @@ def language_model(setup: Setup) -> Subject:
     module.load_state_dict(load_file(weights), strict=False)
 
     def damage(changed: Mapping[str, Tensor]) -> float:
-        call, total = _with(module, changed), 0.0
-        for rows in test.split(4):
-            guess = call(ids=rows)[:, :-1].flatten(0, 1)
-            total += float(torch.nn.functional.cross_entropy(guess, rows[:, 1:].flatten(), reduction="sum"))
-        return math.exp(total / test[:, 1:].numel())
+        call = _with(module, changed)
+        return text.perplexity(lambda rows: call(ids=rows), test)
 
     rows = np.linspace(0, len(train) - 1, 16 if setup.quick else 64).astype(int)
     calibration = {"ids": torch.from_numpy(train[rows].copy())}

@@ -140,6 +140,7 @@ def test_a_chain_in_place_of_a_layer() -> None:
             first, last = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
             first.weight.data, last.weight.data = s[:, None] * v, u
             last.bias.data = three().b.bias.detach()
+            # a chain in the place of the linear layer
             self.b = nn.Sequential(first, last)  # type: ignore[assignment]
 
     chained = Chained().eval()

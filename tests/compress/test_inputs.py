@@ -200,7 +200,7 @@ def test_samples_have_the_spec(name: str) -> None:
 
 def test_sample_refuses_impossible_requests() -> None:
     spec = parse_input_spec("ids:int8[1,seq=4]")
-    for wrong in ({"high": 0}, {"high": 129}, {"sizes": {"seq": -1}}):
+    for wrong in ({"high": 0}, {"high": 129}, {"sizes": {"seq": 0}}):
         with pytest.raises(InputSpecError):
             spec.sample(None, **wrong)
 
@@ -227,6 +227,7 @@ def test_sums_of_sizes() -> None:
     assert str(specs[1]) == "mask:int64[1,past+seq=10]"
     assert specs[1].symbol(1) == "past+seq" and summands("past + seq") == ("past", "seq")
     assert specs[1].sized({"past": 0, "seq": 2, "batch": 5}) == (5, 2)
+    assert specs[0].sized({"past": 0}, least=0) == (1, 0, 8)
     assert specs[1].sized({"seq": 2}) == (1, 10)  # half of a sum says nothing
     tensors = [spec.sample(None, sizes={"batch": 2, "past": 4, "seq": 6}) for spec in specs]
     assert sizes_of(specs, tensors) == {"batch": 2, "past": 4, "seq": 6}
@@ -238,5 +239,7 @@ def test_sums_of_sizes() -> None:
         parse_input_specs(["mask:int64[1,past+seq=11]", "ids:int64[1,seq=7]"])
     with pytest.raises(InputSpecError, match="cannot name an axis"):
         parse_input_spec("mask:int64[1,past+=11]")
+    with pytest.raises(InputSpecError, match="1 or more"):
+        specs[0].sized({"past": 0})
     with pytest.raises(InputSpecError, match="0 or more"):
-        specs[0].sized({"past": -1})
+        specs[0].sized({"past": -1}, least=0)

@@ -44,6 +44,7 @@ class CausalMean(nn.Module):
 class Masked(CausalMean):
     """As Hugging Face models are called, and with a second output of three axes."""
 
+    # another signature on purpose
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         logits = super().forward(input_ids) * attention_mask[..., None]
         return {"hidden": logits * 2, "logits": logits}

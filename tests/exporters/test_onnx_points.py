@@ -18,6 +18,7 @@ onnx = pytest.importorskip("onnx", reason="needs the onnx extra")
 pytest.importorskip("onnxruntime", reason="needs the onnx extra")
 ir = pytest.importorskip("onnx_ir", reason="needs the onnx extra")
 
+# these import what is looked for above
 from compress.exporters.onnx_points import OnnxPoints  # noqa: E402
 from compress.exporters.to_onnx import build_model  # noqa: E402
 
