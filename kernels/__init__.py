@@ -11,6 +11,10 @@ OPS: dict[str, str] = {
     "dequantize": "compress::dequantize",
     "dequantize_codebook": "compress::dequantize_codebook",
     "expand_bitmap": "compress::expand_bitmap",
+    "low_rank_matmul": "compress::low_rank_matmul",
+    "vq_logits": "compress::vq_logits",
+    "w4_bsr_matmul": "compress::w4_bsr_matmul",
     "w4_matmul": "compress::w4_matmul",
     "w4_sparse24_matmul": "compress::w4_sparse24_matmul",
+    "w4a8_matmul": "compress::w4a8_matmul",
 }

@@ -3,10 +3,13 @@
 ============================ ======================================================= ==================
 reader of an encoded weight  becomes                                                 the weight
 ============================ ======================================================= ==================
-linear, 4-bit integers       `compress::w4_matmul`, then the bias                    stays packed
+linear, 4-bit integers       a product of `compress.kernels.products`, then the bias stays packed
 embedding                    rows of packed codes, looked up, then decoded           stays packed
 everything else              the operator as it is                                   decoded once
 ============================ ======================================================= ==================
+
+Output heads in codes become one operator each, encoded or not (`compress.kernels.fuse_heads`), and so do
+chains of two small linear layers in 16 bits (`compress.kernels.fuse_chains`).
 
 A weight with several readers is packed only if all of them can read it so: it is there once, or not packed.
 What cannot stay packed is decoded here and is float from then on: to decode it in every call would cost more
@@ -15,23 +18,23 @@ than a float layer. The reason is given.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-import compress.kernels.w4_matmul.op  # noqa: F401 - registers the operator
+from compress.activations import DYNAMIC
 from compress.artifact import Lowered
 from compress.codebook import CodebookWeight
 from compress.encoding import Encoded, EncodedWeight
 from compress.graph import Graph, argument
+from compress.kernels.fuse_chains import fuse_chains
+from compress.kernels.fuse_heads import fuse_heads
+from compress.kernels.products import CANONICAL, QUANTIZE_DYNAMIC, W4A8_MATMUL, Product, product_for
 
 Decode = Literal["run", "load"]
-
-W4_MATMUL = torch.ops.compress.w4_matmul.default
-HALF = (torch.float16, torch.bfloat16)
-"""The dtypes in which a GPU reads codes packed; in others the operator decodes the whole weight."""
 
 _LINEAR = torch.ops.aten.linear.default
 _EMBEDDING = torch.ops.aten.embedding.default
@@ -50,6 +53,7 @@ def fuse(graph: Graph, decode: Decode = "run") -> tuple[Graph, tuple[Lowered, ..
         the graph, for running only: no pass knows its operators; and what became of each encoded weight.
     """
     fused = graph.copy()
+    fuse_heads(fused)
     found = []
     for name, encoded in graph.encodings.items():
         readers, reason = _readers(fused, name, encoded)
@@ -58,11 +62,16 @@ def fuse(graph: Graph, decode: Decode = "run") -> tuple[Graph, tuple[Lowered, ..
             fused.set_weight(name, encoded.decode())
             found.append(Lowered(name, "float", "decoded at load", reason=reason))
             continue
+        product, reason = None, ""
+        if any(node.target is _LINEAR for node in readers):
+            assert isinstance(encoded, EncodedWeight)
+            product, reason = product_for(encoded, all(_is_rounded(node) for node in readers))
         packed = fused._weight_node(name)
-        forms = dict.fromkeys(_read_packed(fused, node, packed, encoded) for node in readers)
+        forms = dict.fromkeys(_read_packed(fused, node, packed, encoded, product) for node in readers)
         form = " and ".join(forms)
-        found.append(Lowered(name, form, form))
+        found.append(Lowered(name, form, form, reason=reason))
     fused.encodings.clear()
+    fuse_chains(fused)
     fused.prune_dead_code()
     return fused, tuple(found)
 
@@ -88,16 +97,20 @@ def _why_not(node: fx.Node, weight: fx.Node, encoded: Encoded) -> str:
             return "no kernel multiplies in float64"
         four_bits = isinstance(encoded, EncodedWeight) and encoded.encoding.bits == 4
         return "" if four_bits else f"no kernel multiplies by {encoded.encoding}"
-    return f"no kernel for {str(node.target).removeprefix('aten.').split('.')[0]} with a packed weight"
+    name = str(node.target).removeprefix("aten.").removeprefix("compress.").split(".")[0]
+    return f"no kernel for {name} with a packed weight"
 
 
-def _read_packed(graph: Graph, node: fx.Node, decoded: fx.Node, encoded: Encoded) -> str:
+def _read_packed(
+    graph: Graph, node: fx.Node, decoded: fx.Node, encoded: Encoded, product: Product | None
+) -> str:
     """Give a reader its packed form, in place; returns the name of that form."""
     parts = dict(zip(encoded.parts, decoded.all_input_nodes, strict=True))
     with graph.ops.inserting_before(node):
         if node.target is _LINEAR:
-            result = _product(graph.ops, node, parts, encoded)
-            form = "compress::w4_matmul"
+            assert product is not None
+            result = _product(graph.ops, node, parts, encoded, product)
+            form = product.name
         else:
             result = _rows(graph.ops, node, parts, encoded)
             form = "rows decoded when looked up"
@@ -107,14 +120,32 @@ def _read_packed(graph: Graph, node: fx.Node, decoded: fx.Node, encoded: Encoded
     return form
 
 
-def _product(ops: fx.Graph, node: fx.Node, parts: Mapping[str, fx.Node], encoded: Encoded) -> fx.Node:
-    assert isinstance(encoded, EncodedWeight)
+def _product(
+    ops: fx.Graph, node: fx.Node, parts: Mapping[str, fx.Node], encoded: Encoded, product: Product
+) -> fx.Node:
     width = encoded.encoding.width(encoded.columns)
-    tensors = (parts["codes"], parts["scales"], parts.get("zero_points"))
-    y = ops.call_function(W4_MATMUL, (node.args[0], *tensors, width, encoded.columns, "canonical"))
+    tensors = [parts.get(part) for part in product.parts]
+    x = _codes(ops, node.args[0]) if product.operator is W4A8_MATMUL else [node.args[0]]
+    y = ops.call_function(product.operator, (*x, *tensors, width, encoded.columns, CANONICAL))
     y.meta["dtype"] = encoded.dtype
     bias: Any = argument(node, "bias", None)
     return y if bias is None else ops.call_function(torch.ops.aten.add.Tensor, (y, bias))
+
+
+def _is_rounded(node: fx.Node) -> bool:
+    """Whether an operator is a linear layer that reads what is rounded to 8 bits on every call."""
+    source: Any = node.args[0]
+    return node.target is _LINEAR and source.target is DYNAMIC
+
+
+def _codes(ops: fx.Graph, rounded: Any) -> list[fx.Node]:
+    """Codes, scales and zero points of what is rounded; found once for all that read it."""
+    value = rounded.args[0]
+    made = [user for user in value.users if user.target is QUANTIZE_DYNAMIC]
+    if not made:
+        with ops.inserting_before(rounded):
+            made = [ops.call_function(QUANTIZE_DYNAMIC, (value,))]
+    return [ops.call_function(operator.getitem, (made[0], i)) for i in range(3)]
 
 
 def _rows(ops: fx.Graph, node: fx.Node, parts: Mapping[str, fx.Node], encoded: Encoded) -> fx.Node:

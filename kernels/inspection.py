@@ -85,6 +85,27 @@ def compile_for(
         capability: 90 for 9.0.
         warps, stages: of the launch.
     """
+    built = build(kernel, types, constants, aligned, capability, warps, stages)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        sass = _output(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin)
+    # the metadata of the compiled kernel does not say what spilled
+    registers, spilled = assemble(built.asm["ptx"], capability)
+    return Compiled(built.asm["ttgir"], built.asm["ptx"], sass, registers, spilled, built.metadata.shared)
+
+
+def build(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    capability: int,
+    warps: int,
+    stages: int,
+    **options: Any,
+) -> Any:
+    """What Triton itself makes of a kernel; arguments as for `compile_for`, and more of its options."""
     names = list(kernel.arg_names)
     source = ASTSource(
         fn=kernel,
@@ -92,30 +113,31 @@ def compile_for(
         constexprs=dict(constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    given = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **options}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given)
+
+
+def assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers per thread, and bytes that spill, by Triton's own ``ptxas``.
+
+    Raises:
+        RuntimeError: it does not take the program.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(built.asm["cubin"])
-        ptx.write_text(built.asm["ptx"])
-        sass = _output(triton.knobs.nvidia.cuobjdump.path, "-sass", cubin)
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
         architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        # the metadata of the compiled kernel does not say what spilled
-        told = _output(get_ptxas(capability).path, f"-arch={architecture}", "-v", ptx, "-o", cubin)
+        told = _output(get_ptxas(capability).path, f"-arch={architecture}", "-v", source, "-o", cubin)
     spills = re.findall(r"(\d+) bytes spill", told)
     registers = re.search(r"Used (\d+) registers", told)
     if not spills or registers is None:
         raise RuntimeError(f"ptxas says nothing of registers and spills: {told}")
-    return Compiled(
-        built.asm["ttgir"],
-        built.asm["ptx"],
-        sass,
-        int(registers[1]),
-        sum(map(int, spills)),
-        built.metadata.shared,
-    )
+    return int(registers[1]), sum(map(int, spills))
 
 
 def _output(*words: Any) -> str:
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{Path(words[0]).name} fails: {told}")
+    return told

@@ -11,12 +11,13 @@ from torch import Tensor, fx
 
 from compress.errors import CompressError
 from compress.graph import Graph
-from compress.kernels.fuse import HALF, W4_MATMUL, Decode, fuse
-from compress.kernels.w4_matmul.layout import layout_for, pack, unpack
+from compress.kernels.fuse import Decode, fuse
+from compress.kernels.products import BY_OPERATOR, CANONICAL, Canonical, Capability, Product
 
-CANONICAL = "canonical"
 _DECODERS = (torch.ops.compress.dequantize.default, torch.ops.compress.dequantize_codebook.default)
 _PARTS = ("codes", "scales", "zero_points")
+"""What a canonical weight is stored as."""
+
 _DEVICE = "_device"
 """What the names of tensors in a device layout end in."""
 
@@ -28,9 +29,10 @@ class CompressedModule(fx.GraphModule):
     (`compress.encoding`). That is what ``state_dict`` gives and takes on every device. The module is moved,
     exported and compiled like any other; the operators of `compress.kernels` stay single nodes.
 
-    ``.to("cuda")`` permutes the codes of 4-bit products in 16 bits to the layout of that GPU's tensor cores,
-    once, on the GPU; ``.cpu()`` permutes them back. A weight that is also looked up by rows (a tied
-    embedding) is there in both layouts. Products in float32 keep the canonical layout: they have no kernel.
+    ``.to("cuda")`` brings the weights of 4-bit products into the layout of that GPU's tensor cores
+    (`compress.kernels.products`), once, on the GPU; ``.cpu()`` brings them back. A weight that is also looked
+    up by rows (a tied embedding) is there in both layouts. Products in float32 keep the canonical layout:
+    they have no kernel, but for those of activations rounded to 8 bits.
 
     A call does nothing but launch operators: group sizes, columns and layouts are constants of the graph, and
     the operators here read no value back to the host. So after a first call, in which Triton compiles, calls
@@ -52,8 +54,8 @@ class CompressedModule(fx.GraphModule):
         for tensor in tensors[:-1]:
             _refuse_cast(tensor, fn, id(tensor) in parts)
         target = fn(tensors[0].new_empty(0)).device
-        layout = layout_of(target)
-        _relayout(self, lambda node: layout if node.args[6] == layout else CANONICAL)
+        capability = capability_of(target)
+        _relayout(self, lambda node: _kept(node, capability))
         parts = {id(tensor) for tensor in packed_parts(self).values()}
         # scales are float32 in a model of any dtype: rounded, they would stand for other weights
         super()._apply(  # type: ignore[no-untyped-call]
@@ -61,7 +63,7 @@ class CompressedModule(fx.GraphModule):
         )
         _create_on(self.graph, target)
         self.recompile()
-        _relayout(self, lambda node: layout if node.meta.get("dtype") in HALF else CANONICAL)
+        _relayout(self, lambda node: _layout(node, capability if _has_kernel(node) else None))
         return self
 
 
@@ -77,45 +79,42 @@ def as_module(graph: Graph, decode: Decode = "run") -> CompressedModule:
     return module
 
 
-def layout_of(device: torch.device) -> str:
-    """The layout in which a device reads 4-bit weights fastest; the canonical one without a kernel for it."""
+def capability_of(device: torch.device) -> Capability | None:
+    """The compute capability of a GPU that our kernels run on; None for other devices, and without Triton."""
     if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
-        return CANONICAL
+        return None
     capability = torch.cuda.get_device_capability(device)
-    return layout_for(capability) if capability >= (8, 0) else CANONICAL
+    return capability if capability >= (8, 0) else None
 
 
-def for_device(module: CompressedModule, layout: str) -> None:
-    """Bring the weights of all 4-bit products into a layout, in place; the module computes the same.
+def for_device(module: CompressedModule, capability: Capability | None) -> None:
+    """Bring the weights of all 4-bit products into the layouts for a GPU, in place.
 
-    ``.to`` does this with the layout of the device, for products in 16 bits.
+    The module computes the same. ``.to`` does this for the GPU it moves to, for products with a kernel there.
 
     Args:
-        layout: one of `compress.kernels.w4_matmul.layout.LAYOUTS`.
-
-    Raises:
-        PassError: there is no such layout.
+        capability: of the GPU, 8.0 or later; None for the canonical layout.
     """
-    _relayout(module, lambda node: layout)
+    _relayout(module, lambda node: _layout(node, capability))
 
 
 def _relayout(module: CompressedModule, choose: Callable[[fx.Node], str]) -> None:
     by_weight: dict[tuple[str, str], list[fx.Node]] = {}
     for node in _products(module):
         layout = choose(node)
-        if node.args[6] != layout:
+        if _layout_of(node) != layout:
             by_weight.setdefault((_weight_name(node), layout), []).append(node)
     for (name, layout), nodes in by_weight.items():
-        packed = pack(*_unpacked(module, nodes[0]), *_sizes(nodes[0]), layout)
+        canonical, product = _unpacked(module, nodes[0]), _product(nodes[0])
+        packed = product.pack(*canonical, *_sizes(nodes[0]), layout)
         suffix = "" if layout == CANONICAL else _DEVICE
-        parts = {f"{name}.{part}{suffix}": tensor for part, tensor in zip(_PARTS, packed, strict=True)}
+        parts = {f"{name}.{part}{suffix}": tensor for part, tensor in zip(product.parts, packed, strict=True)}
         for target, tensor in parts.items():
             if tensor is not None:
                 _set(module, target, tensor)
+        targets = [None if tensor is None else target for target, tensor in parts.items()]
         for node in nodes:
-            _read(
-                module, node, [None if tensor is None else target for target, tensor in parts.items()], layout
-            )
+            _read(module, node, targets, layout)
     if by_weight:
         module.recompile()
 
@@ -124,7 +123,7 @@ def packed_parts(module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensors that packed weights consist of, by name."""
     found = {}
     for node in module.graph.nodes:
-        sources = node.args[1:4] if node.target is W4_MATMUL else ()
+        sources = _product(node).weight_of(node.args) if node.target in BY_OPERATOR else ()
         sources = node.all_input_nodes if node.target in _DECODERS else sources
         for source in sources:
             if isinstance(source, fx.Node) and source.target is torch.ops.aten.index_select.default:
@@ -138,38 +137,62 @@ def packed_parts(module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _products(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.target is W4_MATMUL]
+    return [node for node in module.graph.nodes if node.target in BY_OPERATOR]
 
 
-def _weight_name(product: fx.Node) -> str:
-    codes: Any = product.args[1]
+def _product(node: fx.Node) -> Product:
+    return BY_OPERATOR[node.target]  # type: ignore[index]
+
+
+def _weight_name(node: fx.Node) -> str:
+    codes = _product(node).weight_of(node.args)[0]
     return str(codes.target).rpartition(".")[0]
 
 
-def _sizes(product: fx.Node) -> tuple[int, int]:
+def _sizes(node: fx.Node) -> tuple[int, int]:
     """Columns per scale, and columns, of the weight that a product reads."""
-    args: Any = product.args
-    return args[4], args[5]
+    args: Any = node.args
+    return args[-3], args[-2]
 
 
-def _unpacked(module: fx.GraphModule, product: fx.Node) -> tuple[Tensor, Tensor, Tensor | None]:
+def _layout_of(node: fx.Node) -> str:
+    """The layout that a product reads."""
+    return str(node.args[-1])
+
+
+def _layout(node: fx.Node, capability: Capability | None) -> str:
+    """The layout that a product should read on this GPU."""
+    return CANONICAL if capability is None else _product(node).layout_for(capability)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    """Whether GPUs have a kernel for this product in its dtype."""
+    return node.meta.get("dtype") in _product(node).dtypes
+
+
+def _kept(node: fx.Node, capability: Capability | None) -> str:
+    """The layout that a product reads, if it is the one for this GPU; else the canonical one."""
+    return _layout_of(node) if _layout_of(node) == _layout(node, capability) else CANONICAL
+
+
+def _unpacked(module: fx.GraphModule, node: fx.Node) -> Canonical:
     """Canonical codes, scales and zero points of the weight that a product reads."""
-    nodes: Any = product.args[1:4]
-    codes, scales, zeros = (None if node is None else _get(module, str(node.target)) for node in nodes)
-    assert codes is not None and scales is not None
-    return unpack(codes, scales, zeros, *_sizes(product), str(product.args[6]))
+    product = _product(node)
+    parts = product.weight_of(node.args)
+    tensors = (None if part is None else _get(module, str(part.target)) for part in parts)
+    return product.unpack(*tensors, *_sizes(node), _layout_of(node))
 
 
-def _read(module: fx.GraphModule, product: fx.Node, targets: list[str | None], layout: str) -> None:
+def _read(module: fx.GraphModule, node: fx.Node, targets: list[str | None], layout: str) -> None:
     """Let a product read other tensors; those that nobody reads any more are deleted."""
-    before = [node for node in product.args[1:4] if isinstance(node, fx.Node)]
-    with module.graph.inserting_before(product):
+    before = [part for part in _product(node).weight_of(node.args) if part is not None]
+    with module.graph.inserting_before(node):
         parts = [None if target is None else module.graph.get_attr(target) for target in targets]
-    product.args = (product.args[0], *parts, *product.args[4:6], layout)
-    for node in before:
-        if not node.users:
-            module.graph.erase_node(node)
-            target = str(node.target)
+    node.args = (*node.args[: -3 - len(parts)], *parts, *node.args[-3:-1], layout)
+    for part in before:
+        if not part.users:
+            module.graph.erase_node(part)
+            target = str(part.target)
             if not any(n.op == "get_attr" and n.target == target for n in module.graph.nodes):
                 path, _, name = target.rpartition(".")
                 delattr(module.get_submodule(path), name)
@@ -198,10 +221,11 @@ def _set(module: fx.GraphModule, target: str, tensor: Tensor) -> None:
 
 def _give_canonical(module: CompressedModule, state: dict[str, Any], prefix: str, _: Any) -> None:
     for node in _products(module):
-        if node.args[6] != CANONICAL:
+        if _layout_of(node) != CANONICAL:
             name = prefix + _weight_name(node)
-            for part, tensor in zip(_PARTS, _unpacked(module, node), strict=True):
+            for part in _product(node).parts:
                 state.pop(f"{name}.{part}{_DEVICE}", None)
+            for part, tensor in zip(_PARTS, _unpacked(module, node), strict=True):
                 if tensor is not None:
                     state[f"{name}.{part}"] = tensor
 
@@ -210,14 +234,15 @@ def _take_canonical(module: CompressedModule, state: dict[str, Any], prefix: str
     read = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for node in _products(module):
         name = prefix + _weight_name(node)
-        layout = str(node.args[6])
+        layout, product = _layout_of(node), _product(node)
         codes, scales, zeros = (state.get(f"{name}.{part}") for part in _PARTS)
         if layout == CANONICAL or codes is None or scales is None:
             continue
-        packed = pack(codes, scales, zeros, *_sizes(node), layout)
-        for part, tensor in zip(_PARTS, packed, strict=True):
+        packed = product.pack(codes, scales, zeros, *_sizes(node), layout)
+        for part, tensor in zip(product.parts, packed, strict=True):
             if tensor is not None:
                 state[f"{name}.{part}{_DEVICE}"] = tensor
+        for part in _PARTS:
             if f"{_weight_name(node)}.{part}" not in read:
                 state.pop(f"{name}.{part}", None)
 

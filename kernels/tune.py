@@ -1,4 +1,4 @@
-"""Measuring launches of `compress::w4_matmul` on a GPU, for the tables of `compress.kernels.tuning`."""
+"""Measuring launches of 4-bit products on a GPU, for the tables of `compress.kernels.tuning`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import functools
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.encoding import pack as pack_bits
 from compress.errors import CompressError, MissingExtra
 from compress.kernels import tuning
-from compress.kernels.timing import copies, seconds
+from compress.kernels.timing import Call, copies, seconds
 from compress.kernels.tuning import BLOCK_M, Config, Gpu, Problem, fits
+from compress.kernels.w4_bsr_matmul import layout as bsr
 from compress.kernels.w4_matmul.layout import kwidth_of, layout_for, pack, step_of
+from compress.kernels.w4a8_matmul import layout as int8
 
 SHAPES = (
     (4096, 4096),
@@ -55,6 +59,30 @@ def random_weight(
     return (codes, spread, zeros), pack(codes, spread, zeros, group_size, columns, layout)
 
 
+def random_blocks(
+    rows: int, columns: int, group_size: int, zeros: float, layout: str, device: torch.device
+) -> tuple[Weight, bsr.Packed]:
+    """A canonical weight of random codes with a part `zeros` of its blocks zero, and the same in a layout."""
+    grid = (math.ceil(rows / bsr.ROWS), math.ceil(columns / bsr.COLUMNS))
+    used = torch.rand(grid, device=device) >= zeros
+    used = used.repeat_interleave(bsr.ROWS, 0).repeat_interleave(bsr.COLUMNS, 1)[:rows, :columns]
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device)
+    packed = pack_bits(codes.masked_fill_(~used, 8), 4)
+    scales = torch.rand(rows, math.ceil(columns / group_size), device=device) * 0.02 + 0.01
+    return (packed, scales, None), bsr.pack(packed, scales, None, group_size, columns, layout)
+
+
+def random_int8(
+    rows: int, columns: int, group_size: int, device: torch.device
+) -> tuple[Weight, tuple[Tensor, Tensor, Tensor]]:
+    """A canonical symmetric weight of random codes, and the same for `compress::w4a8_matmul`."""
+    codes = torch.randint(0, 256, (rows, math.ceil(columns / 2)), dtype=torch.uint8, device=device)
+    scales = torch.rand(rows, math.ceil(columns / group_size), device=device) * 0.02 + 0.01
+    packed, spread, sums = int8.pack(codes, scales, None, group_size, columns, "frag8")
+    assert sums is not None
+    return (codes, scales, None), (packed, spread, sums)
+
+
 def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
     """Launches worth a try: those that fit, with one half to six programs for each multiprocessor."""
     step = problem.group * problem.step
@@ -75,6 +103,8 @@ def tune(
     shapes: Iterable[tuple[int, int]],
     group_size: int,
     told: Callable[[str], None] = lambda line: None,
+    *,
+    minutes: float = math.inf,
 ) -> Path:
     """Measure launches for these shapes on the current GPU and write them to its table.
 
@@ -82,9 +112,10 @@ def tune(
         shapes: rows and columns of weights.
         group_size: columns per scale.
         told: gets a line for each shape and number of rows of x.
+        minutes: after these no more is begun, and what was left out is told.
 
     Returns:
-        The file, in `tuning.folder`; entries for other shapes stay in it.
+        The file, in `tuning.folder`; entries for other shapes stay in it. It is written after each entry.
 
     Raises:
         CompressError: there is no CUDA GPU.
@@ -99,18 +130,24 @@ def tune(
         raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = tuning.gpu_of(device.index)
-    entries = []
-    for rows, columns in shapes:
-        for m in BLOCK_M:
-            entry = _best(rows, columns, group_size, m, gpu, device)
-            told(f"{rows} x {columns}, {m} rows of x: {entry['microseconds']} us")
-            entries.append(entry)
-    return write(entries, gpu)
+    began, path = time.monotonic(), tuning.folder() / f"{gpu.slug}.json"
+    measurements = [
+        (best, rows, columns, m)
+        for rows, columns in shapes
+        for m in BLOCK_M
+        for best in (_best, _best_of_int8, *([_best_of_blocks] if bsr.group_of(group_size, columns) else []))
+    ]
+    for done, (best, rows, columns, m) in enumerate(measurements):
+        if time.monotonic() - began >= 60 * minutes:
+            told(f"{minutes:g} minutes are over: {len(measurements) - done} of {len(measurements)} left out")
+            break
+        entry = best(rows, columns, group_size, m, gpu, device)
+        told(f"{entry['operator']} {rows} x {columns}, {m} rows of x: {entry['microseconds']} us")
+        path = write([entry], gpu)
+    return path
 
 
 def _best(rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: torch.device) -> dict[str, Any]:
-    from triton.runtime.errors import OutOfResources
-
     from compress.kernels.w4_matmul.triton import launch
 
     layout = layout_for(gpu.capability)
@@ -122,23 +159,79 @@ def _best(rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: to
     )  # fmt: skip
     weights = [make()[1] for _ in range(copies(rows * columns // 2, device))]
     x = torch.randn(m, columns, device=device, dtype=torch.bfloat16)
-    contenders = {}
-    for config in candidates(problem, gpu):
+    contenders = {
+        config: [functools.partial(launch, x, *w, kwidth_of(layout), config) for w in weights]
+        for config in candidates(problem, gpu)
+    }
+    return _fastest("w4_matmul", problem, contenders)
+
+
+def _best_of_blocks(
+    rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: torch.device
+) -> dict[str, Any]:
+    """For a weight with half of its blocks zero."""
+    from compress.kernels.w4_bsr_matmul.triton import Blocks, launch
+
+    layout = bsr.layout_for(gpu.capability)
+    weights = []
+    for _ in range(copies(rows * columns // 4, device)):
+        codes, rowptr, colidx, scales, zeros = random_blocks(rows, columns, group_size, 0.5, layout, device)[
+            1
+        ]
+        assert rowptr is not None and colidx is not None
+        weights.append(Blocks(codes, rowptr, colidx, scales, zeros, bsr.kwidth_of(layout)))
+    x = torch.randn(m, columns, device=device, dtype=torch.bfloat16)
+    group = weights[0].group
+    problem = Problem(m, rows, columns, group, bsr.COLUMNS // group, len(weights[0].codes) * 64 // rows)
+    configs = [Config(m, 64, 4, stages, split) for stages in (3, 4, 6) for split in (1, 2, 4, 8)]
+    contenders = {
+        config: [functools.partial(launch, x, w, config) for w in weights]
+        for config in configs
+        if fits(config, problem)
+    }
+    return _fastest("w4_bsr_matmul", problem, contenders)
+
+
+def _best_of_int8(
+    rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: torch.device
+) -> dict[str, Any]:
+    """For activations of 8 bits, and weights with a scale per row whatever the group size."""
+    from compress.kernels.w4a8_matmul.triton import Packed, launch
+
+    count = copies(rows * columns // 2, device)
+    weights = [Packed(*random_int8(rows, columns, columns, device)[1]) for _ in range(count)]
+    x = torch.randint(-128, 128, (m, columns), dtype=torch.int8, device=device)
+    scales, zeros = torch.ones(m, device=device), torch.zeros(m, dtype=torch.int32, device=device)
+    problem = Problem(m, rows, columns, int8.COLUMNS, 1, weights[0].codes.shape[1] * 64 // int8.COLUMNS)
+    contenders = {
+        config: [functools.partial(launch, x, scales, zeros, w, config) for w in weights]
+        for block_n, warps in ((64, 4), (128, 4), (128, 8))
+        for stages in (3, 4, 6)
+        for split in (1, 2, 4, 8)
+        if fits(config := Config(m, block_n, warps, stages, split), problem)
+    }
+    return _fastest("w4a8_matmul", problem, contenders)
+
+
+def _fastest(operator: str, problem: Problem, contenders: Mapping[Config, Sequence[Call]]) -> dict[str, Any]:
+    """The entry of a table for the fastest of these launches that the GPU has the resources for."""
+    from triton.runtime.errors import OutOfResources
+
+    possible = {}
+    for config, calls in contenders.items():
         try:
-            launch(x, *weights[0], kwidth_of(layout), config)
+            calls[0]()
         except OutOfResources:
             continue
-        calls = [functools.partial(launch, x, *w, kwidth_of(layout), config) for w in weights]
-        contenders[config] = calls
-    by_name = {str(config): calls for config, calls in contenders.items()}
-    times = seconds(by_name, replays=10)
-    config = min(contenders, key=lambda c: times[str(c)])
+        possible[str(config)] = calls
+    times = seconds(possible, replays=10)
+    config = min((c for c in contenders if str(c) in times), key=lambda c: times[str(c)])
     return {
-        "operator": "w4_matmul",
-        "rows": rows,
-        "columns": columns,
-        "group": group,
-        "m": m,
+        "operator": operator,
+        "rows": problem.rows,
+        "columns": problem.columns,
+        "group": problem.group,
+        "m": problem.m,
         "config": dataclasses.asdict(config),
         "microseconds": round(times[str(config)] * 1e6, 2),
         "date": datetime.date.today().isoformat(),
@@ -155,5 +248,5 @@ def write(entries: list[dict[str, Any]], gpu: Gpu) -> Path:
     new.write_text(json.dumps({"gpu": gpu.name, "entries": list(kept.values())}, indent=1) + "\n")
     new.replace(path)
     tuning.table.cache_clear()
-    tuning.choose.cache_clear()
+    tuning.measured.cache_clear()
     return path

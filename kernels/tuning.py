@@ -93,9 +93,14 @@ def rule(problem: Problem, gpu: Gpu) -> Config:
     return Config(block_m, block_n, 4, stages, split)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
-    """The launch measured for the nearest shape, if less than twice or half as large; else `rule`."""
+    """The launch that was measured (`measured`), or else by `rule`."""
+    return measured(operator, problem, gpu) or rule(problem, gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def measured(operator: str, problem: Problem, gpu: Gpu) -> Config | None:
+    """The launch measured for the nearest shape, if less than twice or half as large."""
     size = math.log2(problem.rows * problem.columns)
     near = [
         # of as many weights, those of the same form
@@ -108,7 +113,7 @@ def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
         config = Config(**entry["config"])
         if distance < 1 and fits(config, problem):
             return config
-    return rule(problem, gpu)
+    return None
 
 
 def fits(config: Config, problem: Problem) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import compress
 from bench import models, text
-from bench.measure import MB, Measurement, Setup, interleaved, measured
-from compress.kernels.fuse import W4_MATMUL
+from bench.measure import MB, Measurement, Setup, measured
+from compress.exporters.timing import interleaved
+from compress.kernels.products import W4_MATMUL
 
 _CONTEXT = 256
 _RTN = {

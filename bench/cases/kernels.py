@@ -1,8 +1,12 @@
-"""4-bit products on a GPU: are they right, and how fast are they beside what there is.
+"""4-bit products and heads in codes on a GPU: are they right, and how fast are they beside what there is.
 
 Correctness is against float64, over odd sizes, with outputs filled with NaN before, and repeated for races.
 Times are of CUDA graphs over so many weights that none comes from the cache, all contenders in turn:
 cuBLAS in bfloat16, torch's `_weight_int4pack_mm` (tinygemm), and gemlite where it is installed.
+Heads in codes and chains of small layers are in `bench.kernels_float`.
+
+With `--gpu` launches are tuned in between, for at most eight minutes, so that a GPU lent for half an hour
+gives all there is to know: `python bench/run.py kernels --gpu --no-gate`.
 """
 
 from __future__ import annotations
@@ -10,37 +14,51 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.kernels_float import float_fast, float_right
 from bench.measure import Measurement, Setup, measured, true
 from compress.encoding import dequantize
 from compress.encoding import pack as pack_bits
 from compress.kernels.timing import copies, seconds
-from compress.kernels.tune import SHAPES, Weight, random_weight
+from compress.kernels.tune import SHAPES, Weight, random_blocks, random_int8, random_weight, tune
 from compress.kernels.tuning import BLOCK_M, Config, gpu_of
+from compress.kernels.w4_bsr_matmul import layout as bsr
+from compress.kernels.w4_bsr_matmul.op import w4_bsr_matmul
 from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of, layout_for
 from compress.kernels.w4_matmul.op import w4_matmul
 from compress.kernels.w4_sparse24_matmul import reference
 from compress.kernels.w4_sparse24_matmul.layout import Packed
 from compress.kernels.w4_sparse24_matmul.layout import pack as sparse_pack
 from compress.kernels.w4_sparse24_matmul.op import instruction_is_right, w4_sparse24_matmul
+from compress.kernels.w4a8_matmul.op import quantize_dynamic, w4a8_matmul
 
 _DEVICE = torch.device("cuda", 0)
 _GROUP = 128
 _SPARSE_GROUP = 32
 _DTYPES = (torch.bfloat16, torch.float16)
+_TUNING = 8.0
+"""Minutes."""
 
 
 def run(setup: Setup) -> list[Measurement]:
     """Correctness first: a wrong kernel has no speed."""
-    found = [*_right(setup.quick), *_repeatable(), *_sparse_right()]
+    found = [*_right(setup.quick), *_repeatable(), *_sparse_right(), *_blocks_right(), *_int8_right()]
+    found += [*float_right(), *_sanitized()]
     if all(m.holds is not False for m in found):
         found += _limits()
+        if setup.tune:
+            tune(SHAPES, _GROUP, functools.partial(print, flush=True), minutes=1 if setup.quick else _TUNING)
         found += _fast(setup.quick)
+        found += float_fast(setup.quick)
     return found
 
 
@@ -114,7 +132,7 @@ def _sparse_right() -> Iterator[Measurement]:
     from compress.kernels.w4_sparse24_matmul import triton
 
     yield true("the sparse instruction is as documented", all(instruction_is_right(0, d) for d in _DTYPES))
-    worst, same = 0.0, True
+    worst, same, exact_decodes = 0.0, True, True
     launches = itertools.cycle([(1, 1), (8, 2), (9, 1), (16, 4), (33, 1)])
     for (rows, columns), zero_points, dtype in itertools.product(
         [(4096, 4096), (70, 600), (33, 100)], (False, True), _DTYPES
@@ -124,6 +142,8 @@ def _sparse_right() -> Iterator[Measurement]:
             codes, metadata, spread, words = packed
             values = reference.decoded(*packed, _SPARSE_GROUP, columns, "sp24").double()
             assert metadata is not None
+            decoded = triton.decoded(codes, metadata, spread, words, columns, dtype)
+            exact_decodes &= torch.equal(decoded, values.to(dtype))
             for m, split in itertools.islice(launches, 2):
                 x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
                 first, second = (torch.full((m, rows), torch.nan, device=_DEVICE) for _ in range(2))
@@ -133,6 +153,65 @@ def _sparse_right() -> Iterator[Measurement]:
                 same &= torch.equal(first, second)
     yield measured("2:4: relative error", worst, "", "<= 0.00002")
     yield true("2:4: the same bits twice", same)
+    yield true("2:4: decoded weights are exact to the last bit", exact_decodes)
+
+
+def _blocks_right() -> Iterator[Measurement]:
+    """Weights with zero blocks against float64, with rows of blocks that are all zero and all kept."""
+    from compress.kernels.w4_bsr_matmul import triton
+
+    worst = {"sums": 0.0, "scaled weights": 0.0}
+    same = True
+    launches = itertools.cycle([(1, 1), (40, 2), (16, 1), (33, 4), (5, 2), (17, 1), (64, 1)])
+    for (rows, columns), group_size, zeros, dtype in itertools.product(
+        [(4096, 4096), (130, 600)], (32, 64, 128), (0.0, 0.5, 0.95), _DTYPES
+    ):
+        for layout in bsr.LAYOUTS[1:]:
+            canonical, packed = random_blocks(rows, columns, group_size, zeros, layout, _DEVICE)
+            values = _values(canonical, group_size, columns).double()
+            codes, rowptr, colidx, scales, words = packed
+            assert rowptr is not None and colidx is not None
+            blocks = triton.Blocks(codes, rowptr, colidx, scales, words, bsr.kwidth_of(layout))
+            for m, split in itertools.islice(launches, 2):
+                x = torch.randn(m, columns, device=_DEVICE, dtype=dtype)
+                config = Config(next(b for b in BLOCK_M if m <= b), 64, 4, 3, split)
+                first, second = (torch.full((m, rows), torch.nan, device=_DEVICE) for _ in range(2))
+                for y in (first, second):
+                    triton.launch(x, blocks, config, out=y)
+                kind = "scaled weights" if triton.prescaled(blocks.group, config.block_m) else "sums"
+                worst[kind] = max(worst[kind], _error(first, x.double() @ values.T))
+                same &= torch.equal(first, second)
+            lost = _error(triton.decoded(blocks, columns, dtype), values)
+            worst["scaled weights"] = max(worst["scaled weights"], lost)
+    yield measured("blocks, scales on sums: relative error", worst["sums"], "", "<= 0.00002")
+    yield measured("blocks, scales on weights: relative error", worst["scaled weights"], "", "<= 0.006")
+    yield true("blocks: the same bits twice", same)
+
+
+def _int8_right() -> Iterator[Measurement]:
+    """8-bit activations, of other ranges in each row, against float64; whole rows and groups."""
+    from compress.kernels.w4a8_matmul import triton
+
+    worst, same = 0.0, True
+    launches = itertools.cycle([(1, 1), (40, 2), (16, 4), (33, 1), (5, 2), (64, 1), (300, 1)])
+    for (rows, columns), group_size in itertools.product(
+        [(4096, 4096), (130, 600), (33, 99)], (64, 128, 1 << 16)
+    ):
+        canonical, packed = random_int8(rows, columns, min(group_size, columns), _DEVICE)
+        values = _values(canonical, min(group_size, columns), columns).double()
+        for m, split in itertools.islice(launches, 3):
+            x = torch.randint(-128, 128, (m, columns), dtype=torch.int8, device=_DEVICE)
+            scales = torch.rand(m, device=_DEVICE) + 0.5
+            zeros = torch.randint(-128, 128, (m,), dtype=torch.int32, device=_DEVICE)
+            config = Config(next((b for b in BLOCK_M if m <= b), 64), 64, 4, 3, split)
+            first, second = (torch.full((m, rows), torch.nan, device=_DEVICE) for _ in range(2))
+            for y in (first, second):
+                triton.launch(x, scales, zeros, triton.Packed(*packed), config, out=y)
+            exact = (x.double() - zeros[:, None]) * scales.double()[:, None] @ values.T
+            worst = max(worst, _error(first, exact))
+            same &= torch.equal(first, second)
+    yield measured("8-bit activations: relative error", worst, "", "<= 0.00002")
+    yield true("8-bit activations: the same bits twice", same)
 
 
 def _sparse_weight(rows: int, columns: int, zero_points: bool, scales: torch.dtype) -> Packed:
@@ -160,6 +239,20 @@ def _error(y: Tensor, exact: Tensor) -> float:
 
 
 # -- fast -----------------------------------------------------------------------------------------
+
+
+def _sanitized() -> Iterator[Measurement]:
+    """Reads and writes out of bounds, of one small product for each operator."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        yield measured("compute-sanitizer", "not installed")
+        return
+    script = Path(__file__).resolve().parent.parent / "sanitized.py"
+    words = [program, "--error-exitcode", "9", sys.executable, "-P", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-2000:])
+    yield true("compute-sanitizer finds nothing", done.returncode == 0)
 
 
 def _limits() -> Iterator[Measurement]:
@@ -209,6 +302,16 @@ def _beside(rows: int, columns: int, m: int) -> Iterator[Measurement]:
     contenders["ours, 2:4 in groups of 32"] = [
         functools.partial(w4_sparse24_matmul, x, *w, _SPARSE_GROUP, columns, "sp24") for w in sparse
     ]
+    layout = bsr.layout_for(gpu_of(0).capability)
+    halves = [random_blocks(rows, columns, _GROUP, 0.5, layout, _DEVICE)[1] for _ in range(2 * packed_count)]
+    contenders["ours, half of the blocks zero"] = [
+        functools.partial(w4_bsr_matmul, x, *w, _GROUP, columns, layout) for w in halves
+    ]
+    wide = x.float()
+    integers = [random_int8(rows, columns, columns, _DEVICE)[1] for _ in range(packed_count)]
+    contenders["ours, 8-bit activations, rounding included"] = [
+        functools.partial(_rounded_product, wide, *w, columns) for w in integers
+    ]
     for name, peer in (("tinygemm", _tinygemm), ("gemlite", _gemlite)):
         try:
             calls = peer(x, rows, columns, packed_count)
@@ -225,6 +328,11 @@ def _beside(rows: int, columns: int, m: int) -> Iterator[Measurement]:
     for name in contenders:
         if name != "cuBLAS":
             yield measured(f"{shape}: {name}, speed against cuBLAS", times["cuBLAS"] / times[name], "x")
+
+
+def _rounded_product(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, columns: int) -> Tensor:
+    """Float32 activations rounded to 8 bits, then multiplied."""
+    return w4a8_matmul(*quantize_dynamic(x), codes, scales, sums, columns, columns, "frag8")
 
 
 def _tinygemm(x: Tensor, rows: int, columns: int, count: int) -> list[Callable[[], Any]]:

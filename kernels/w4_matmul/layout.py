@@ -31,6 +31,9 @@ GROUPS = (128, 64, 32, 16)
 ROWS = 64
 """The rows of a weight are padded to a multiple of this."""
 
+STEP = 512
+"""The most columns that a step can have: four groups of the longest."""
+
 WASTE = 1 / 16
 """Columns that may be padded, as a part of all, for a longer step."""
 
@@ -44,11 +47,11 @@ def layout_for(capability: tuple[int, int]) -> str:
     return "frag16_kw2" if capability == (9, 0) else "frag16_kw4"
 
 
-def step_of(group_size: int, columns: int) -> tuple[int, int]:
+def step_of(group_size: int, columns: int, longest: int = STEP) -> tuple[int, int]:
     """Columns per scale and groups per step of the device layout.
 
     The longest group the kernel knows that divides the given one, and four of it to a step or two: the first
-    choice that pads few columns.
+    choice that pads few columns, and has no more than `longest` columns in a step.
 
     Raises:
         PassError: no group the kernel knows divides it.
@@ -65,14 +68,20 @@ def step_of(group_size: int, columns: int) -> tuple[int, int]:
         )
     least = math.ceil(columns / 64) * 64
     # 16-bit scales are read in pairs, and a tile has 64 columns: no fewer than two groups, no less than 64
-    steps = [(g, s) for g in groups for s in (4, 2) if g * s >= 64]
+    steps = [(g, s) for g in groups for s in (4, 2) if 64 <= g * s <= longest]
     padded = [math.ceil(columns / (g * s)) * g * s for g, s in steps]
     fitting = [step for step, all_ in zip(steps, padded, strict=True) if all_ - least <= WASTE * least]
     return fitting[0] if fitting else steps[-1]
 
 
 def pack(
-    codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int, columns: int, layout: str
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    group_size: int,
+    columns: int,
+    layout: str,
+    longest: int = STEP,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bring a canonical 4-bit weight into a layout.
 
@@ -83,6 +92,7 @@ def pack(
         group_size: columns per scale.
         columns: K, the columns of the weight.
         layout: one of `LAYOUTS`.
+        longest: columns that a step may have, at least 64.
 
     Returns:
         codes, scales and zero points as `compress::w4_matmul` takes them with this layout.
@@ -93,7 +103,7 @@ def pack(
     if layout == "canonical":
         return codes, scales, zero_points
     kwidth = kwidth_of(layout)
-    group, step = step_of(group_size, columns)
+    group, step = step_of(group_size, columns, longest)
     steps = math.ceil(columns / (step * group))
     fill = (0, steps * step * group - columns, 0, -len(scales) % ROWS)
     padded = torch.nn.functional.pad(unpack_bits(codes, 4, columns), fill, value=8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -239,12 +241,30 @@ def launch(
     matmul_kernel[(*blocks, config.split_k)](
         x, codes, scales.view(torch.int32), codes if zero_points is None else zero_points, parts, counters, y,
         m, rows, columns, steps,
-        G=group, S=step, BM=config.block_m, BN=config.block_n, KW=kwidth, SPLIT=config.split_k,
-        STAGES=config.stages, PRE=prescaled(group, config.block_m), SCALES=SCALES[scales.dtype],
-        ASYM=zero_points is not None, EVEN_K=columns == steps * step * group,
-        ASM=not INTERPRETED, F32=INTERPRETED, num_warps=config.warps, num_stages=config.stages,
+        **constants(config, group, step, kwidth, scales.dtype, zero_points is not None, columns, steps),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y
+
+
+def constants(
+    config: Config,
+    group: int,
+    step: int,
+    kwidth: int,
+    scales: torch.dtype,
+    zero_points: bool,
+    columns: int,
+    steps: int,
+    interpreted: bool = INTERPRETED,
+) -> dict[str, Any]:
+    """What a launch of the kernel fixes when it is compiled; `columns` are those of x, a multiple of 16."""
+    return {
+        "G": group, "S": step, "BM": config.block_m, "BN": config.block_n, "KW": kwidth,
+        "SPLIT": config.split_k, "STAGES": config.stages, "PRE": prescaled(group, config.block_m),
+        "SCALES": SCALES[scales], "ASYM": zero_points, "EVEN_K": columns == steps * step * group,
+        "ASM": not interpreted, "F32": interpreted,
+    }  # fmt: skip
 
 
 def prescaled(group: int, block_m: int) -> bool:
@@ -278,10 +298,7 @@ def compiled(capability: int, config: Config, group: int, step: int, zero_points
         "x_ptr": "*bf16", "q_ptr": "*i32", "s_ptr": "*i32", "z_ptr": "*i32", "part_ptr": "*fp32",
         "count_ptr": "*i32", "y_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32",
     }  # fmt: skip
-    constants = {
-        "G": group, "S": step, "BM": config.block_m, "BN": config.block_n, "KW": 2 if capability == 90 else 4,
-        "SPLIT": config.split_k, "STAGES": config.stages, "PRE": prescaled(group, config.block_m),
-        "SCALES": tl.bfloat16, "ASYM": zero_points, "EVEN_K": True, "ASM": True, "F32": False,
-    }  # fmt: skip
+    kwidth = 2 if capability == 90 else 4
+    fixed = constants(config, group, step, kwidth, torch.bfloat16, zero_points, group * step, 1, False)
     aligned = [n for n in types if n not in ("M", "STEPS")]
-    return compile_for(matmul_kernel, types, constants, aligned, capability, config.warps, config.stages)
+    return compile_for(matmul_kernel, types, fixed, aligned, capability, config.warps, config.stages)

@@ -71,7 +71,7 @@ def on_gpu(
     columns: int,
     layout: str,
 ) -> Tensor:
-    """The same, on a GPU: ``sp24`` by the sparse instruction for few rows of x; all else is decoded."""
+    """The same, on a GPU: ``sp24`` by the sparse instruction for few rows of x, decoded for more."""
     _check(x, columns, layout)
     if metadata is not None and x.dtype in (torch.bfloat16, torch.float16):
         if importlib.util.find_spec("triton") is None:
@@ -86,6 +86,8 @@ def on_gpu(
                 split = triton.split_of(rows, len(flat), steps, gpu_of(x.device.index))
                 y = triton.launch(flat, codes, metadata, scales, zero_points, split)
                 return y.view(*x.shape[:-1], rows)
+            weight = triton.decoded(codes, metadata, scales, zero_points, columns, x.dtype)
+        return torch.nn.functional.linear(x, weight)
     arguments = (codes, metadata, scales, zero_points, group_size, columns, layout)
     return torch.nn.functional.linear(x, reference.decoded(*arguments).to(x.dtype))
 

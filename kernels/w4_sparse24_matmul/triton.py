@@ -8,6 +8,8 @@ Importing this file needs `triton`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,9 +21,10 @@ from compress.kernels.tiles import BF16_ADDEND, FP16_ADDEND
 from compress.kernels.tuning import Gpu
 
 CROSS_OVER = 64
-"""Rows of `x` from which on the weight is decoded once and multiplied by torch."""
+"""Rows of `x` above which the weight is decoded once and multiplied by torch."""
 
 WARPS = 4
+STAGES = 3
 SCALES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -247,6 +250,44 @@ def sparse_kernel(
             store_tile(y_ptr, acc3, m + 8, n + 16 * WARPS, M, N)
 
 
+@triton.jit
+def decode_kernel(
+    q_ptr,
+    e_ptr,
+    s_ptr,
+    z_ptr,
+    w_ptr,
+    N,
+    K,
+    STEPS,
+    BN: tl.constexpr,
+    ASYM: tl.constexpr,
+):
+    """The weight itself, ``w[N, K]`` with its zeros: `BN` rows and one step."""
+    step = tl.program_id(1)
+    row = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    quad = tl.arange(0, 32)[None, :]  # four columns, of which two are kept
+    j = quad // 8
+    lane = 4 * (row % 8)
+    tile = (row // 16 * STEPS + step) * 32
+    word = tl.load(q_ptr + (tile + lane + quad % 4) * 4 + j)
+    kept = word >> (4 * (row % 16 // 8) + 8 * (quad % 8 // 4))
+    meta = tl.load(e_ptr + (tile + lane + 2 * (j % 2) + quad % 8 // 4) * 2 + j // 2)
+    places = meta >> (4 * (quad % 4) + 16 * (row % 16 // 8))
+    zero = 8
+    if ASYM:
+        zero = (tl.load(z_ptr + step * N + row, mask=row < N, other=0) >> (8 * j)) & 255
+    scale = tl.load(s_ptr + (step * N + row) * 4 + j, mask=row < N, other=0.0).to(tl.float32)
+    first = ((kept & 15) - zero).to(tl.float32) * scale
+    second = (((kept >> 16) & 15) - zero).to(tl.float32) * scale
+    for place in tl.static_range(4):
+        value = tl.where((places & 3) == place, first, 0.0)
+        value = tl.where(((places >> 2) & 3) == place, second, value)
+        column = step * 128 + 4 * quad + place
+        pointers = w_ptr + row.to(tl.int64) * K + column
+        tl.store(pointers, value.to(w_ptr.dtype.element_ty), mask=(row < N) & (column < K))
+
+
 def split_of(rows: int, m: int, steps: int, gpu: Gpu) -> int:
     """Programs that share K: as many as give each multiprocessor four programs, which are small."""
     blocks = triton.cdiv(rows, 32 * WARPS) * triton.cdiv(m, 16 if m > 8 else 8)
@@ -284,10 +325,48 @@ def launch(
     sparse_kernel[(*grid, split)](
         x, codes, metadata, stored, codes if zero_points is None else zero_points, parts, counters, y,
         m, rows, x.shape[1], steps,
-        BLOCKS=blocks, SPLIT=split, STAGES=3, WARPS=WARPS, SCALES=SCALES[scales.dtype],
-        ASYM=zero_points is not None, FP16=fp16, num_warps=WARPS, num_stages=3,
+        **constants(blocks, split, STAGES, scales.dtype, zero_points is not None, fp16),
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return y
+
+
+def constants(
+    blocks: int, split: int, stages: int, scales: torch.dtype, zero_points: bool, fp16: bool
+) -> dict[str, Any]:
+    """What a launch of the kernel fixes when it is compiled."""
+    return {
+        "BLOCKS": blocks, "SPLIT": split, "STAGES": stages, "WARPS": WARPS, "SCALES": SCALES[scales],
+        "ASYM": zero_points, "FP16": fp16,
+    }  # fmt: skip
+
+
+def decoded(
+    codes: Tensor,
+    metadata: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight ``[N, K]`` with its zeros, in bfloat16 or float16."""
+    steps, rows, _ = scales.shape
+    weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    decode_kernel[(triton.cdiv(rows, 32), steps)](
+        codes, metadata, scales, codes if zero_points is None else zero_points, weight, rows, columns, steps,
+        BN=32, ASYM=zero_points is not None, num_warps=4,
+    )  # fmt: skip
+    return weight
+
+
+def compiled_decoding(capability: int, zero_points: bool) -> Compiled:
+    """The kernel behind `decoded` for a GPU that need not be here, for scales in float32."""
+    types = {
+        "q_ptr": "*i32", "e_ptr": "*i32", "s_ptr": "*fp32", "z_ptr": "*i32", "w_ptr": "*bf16",
+        "N": "i32", "K": "i32", "STEPS": "i32",
+    }  # fmt: skip
+    fixed = {"BN": 32, "ASYM": zero_points}
+    return compile_for(decode_kernel, types, fixed, list(types)[:-1], capability, 4, 1)
 
 
 def compiled(capability: int, blocks: int, split: int, zero_points: bool) -> Compiled:
@@ -297,9 +376,6 @@ def compiled(capability: int, blocks: int, split: int, zero_points: bool) -> Com
         "part_ptr": "*fp32", "count_ptr": "*i32", "y_ptr": "*bf16",
         "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32",
     }  # fmt: skip
-    constants = {
-        "BLOCKS": blocks, "SPLIT": split, "STAGES": 3, "WARPS": WARPS, "SCALES": tl.bfloat16,
-        "ASYM": zero_points, "FP16": False,
-    }  # fmt: skip
+    fixed = constants(blocks, split, STAGES, torch.bfloat16, zero_points, False)
     aligned = [n for n in types if n not in ("M", "STEPS")]
-    return compile_for(sparse_kernel, types, constants, aligned, capability, WARPS, 3)
+    return compile_for(sparse_kernel, types, fixed, aligned, capability, WARPS, STAGES)

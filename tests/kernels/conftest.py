@@ -73,6 +73,10 @@ def run(asm: str, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
             registers[words[0]] = lop3(*map(read, words[1:4]), int(words[4], 16))
         elif name in ("mov.b32", "mov.f32"):
             registers[words[0]] = read(words[1])
+        elif name == "shl.b32":
+            registers[words[0]] = (read(words[1]) << int(words[2])) & 0xFFFFFFFF
+        elif name == "and.b32":
+            registers[words[0]] = read(words[1]) & read(words[2]) & 0xFFFFFFFF
         elif name == "shr.u32":
             registers[words[0]] = (read(words[1]) & 0xFFFFFFFF) >> int(words[2])
         elif name == "fma.rn.f32":

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import compress
 from compress.codebook import CodebookEncoding, encode_codebook
-from compress.encoding import IntEncoding, encode
+from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.graph import Graph
-from compress.kernels.fuse import W4_MATMUL, Decode, fuse
+from compress.kernels.fuse import Decode, fuse
+from compress.kernels.products import W4_MATMUL, W4_SPARSE24_MATMUL, product_for
 from compress.passes.cleanup import Cleanup
 from compress.testing import MODELS, assert_close, make
 
@@ -71,6 +72,48 @@ def test_what_stays_packed_and_what_not() -> None:
     assert "int8" in forms["q.weight"].reason
     whole = fuse(encoded(captured("encoder"), 4, 32, False), "load")[1]
     assert {(f.loads_as, f.reason) for f in whole} == {("decoded at load", "")}
+
+
+def two_of_four(group_size: int, dtype: torch.dtype, symmetric: bool = False) -> EncodedWeight:
+    """A weight ``[150, 70]`` with codes that are not the zero point in two columns of every four."""
+    encoding = IntEncoding(4, group_size, symmetric)
+    generator = torch.Generator().manual_seed(0)
+    zeros = torch.full((150, encoding.groups(70)), 8, dtype=torch.uint8)
+    if not symmetric:
+        zeros = torch.randint(0, 16, zeros.shape, dtype=torch.uint8, generator=generator)
+    codes = zeros.repeat_interleave(encoding.width(70), 1)[:, :70].clone()
+    for place in (1, 2):
+        codes[:, place::4] = (codes[:, place::4] + place) % 16
+    given = None if symmetric else zeros
+    return encode(codes, torch.ones(zeros.shape), given, encoding, (150, 70), dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_two_of_four_zeros_go_to_sparse_tensor_cores(group_size: int, symmetric: bool) -> None:
+    weight = two_of_four(group_size, torch.bfloat16, symmetric)
+    product, reason = product_for(weight)
+    assert product.operator is W4_SPARSE24_MATMUL and reason == ""
+    weight.codes[149] ^= 0x11  # of every four codes of the last row three or more are in use now
+    product, reason = product_for(weight)
+    assert product.operator is W4_MATMUL and reason == ""
+
+
+def test_why_sparse_tensor_cores_do_not_take_a_weight() -> None:
+    product, reason = product_for(two_of_four(16, torch.float16))
+    assert product.operator is W4_MATMUL and "groups of 16 do not fit" in reason
+    product, reason = product_for(two_of_four(32, torch.float32))
+    assert product.operator is W4_MATMUL and "16 bits only" in reason
+    graph = compress.capture(nn.Linear(70, 150), (torch.randn(2, 70),))
+    graph.set_encoding("weight", two_of_four(32, torch.float32))
+    fused, (form,) = fuse(graph)
+    assert form.loads_as == "compress::w4_matmul" and form.reason == reason
+    graph = compress.capture(nn.Linear(70, 150).half(), (torch.randn(2, 70).half(),))
+    graph.set_encoding("weight", two_of_four(32, torch.float16))
+    fused, (form,) = fuse(graph)
+    assert form.loads_as == "compress::w4_sparse24_matmul" and not form.reason
+    x = torch.randn(3, 70).half()
+    assert_close(graph.run([x])[0], fused.run([x])[0], db=50)
 
 
 def test_a_tied_weight_is_there_once() -> None:

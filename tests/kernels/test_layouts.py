@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.kernels.layouts import KWIDTHS, pack_frag16, unpack_frag16
+from compress.kernels.layouts import KWIDTHS, pack_frag8, pack_frag16, unpack_frag8, unpack_frag16
 
 
 def random_codes(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -59,3 +59,23 @@ def test_frag16_registers_are_those_of_the_instruction() -> None:
             column = place * 2 + (i & 1) + (8 if i >= 4 else 0)
             register = (int(words[lane, 0]) >> (4 * (i // 2))) & 0x000F000F
             assert (register >> (16 * (i & 1))) & 15 == codes[row, column]
+
+
+@settings(max_examples=20)
+@given(tiles=st.tuples(st.integers(1, 4), st.integers(1, 3)), seed=st.integers(0, 99))
+def test_frag8_round_trip(tiles: tuple[int, int], seed: int) -> None:
+    codes = random_codes(16 * tiles[0], 64 * tiles[1], seed)
+    words = pack_frag8(codes)
+    assert words.dtype == torch.int32 and words.shape == (*tiles, 32, 4) and words.is_contiguous()
+    assert torch.equal(unpack_frag8(words), codes)
+
+
+def test_frag8_from_the_formulas() -> None:
+    codes = random_codes(32, 128, 1)
+    words = pack_frag8(codes)
+    for row in range(32):
+        for column in range(128):
+            n, r, g = row // 16, row % 16 // 8, row % 8
+            k, i, j, t, c = column // 64, column % 64 // 32, column % 32 // 16, column % 16 // 4, column % 4
+            nibble = (int(words[n, k, 4 * g + t, 2 * i + j]) >> (8 * c + 4 * r)) & 15
+            assert (nibble - 16 if nibble > 7 else nibble) == int(codes[row, column]) - 8

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.errors import CompressError, PassError
-from compress.kernels.fuse import W4_MATMUL
+from compress.errors import CompressError
+from compress.kernels.products import BY_OPERATOR, W4_MATMUL, W4_SPARSE24_MATMUL, Capability
 from compress.kernels.runtime import CompressedModule, for_device, packed_parts
 from compress.testing import MODELS, assert_close, make
 
@@ -131,18 +131,18 @@ def tied() -> compress.Result:
     return compress.run(make("tied_lm"), "int4", inputs=example.specs, calibration=[example.inputs(6)])
 
 
-LAYOUTS = ("frag16_kw2", "frag16_kw4")
+GPUS = {(9, 0): "frag16_kw2", (8, 6): "frag16_kw4"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", ["result", "tied"])
-def test_device_layouts_compute_the_same(name: str, layout: str, request: pytest.FixtureRequest) -> None:
+def test_device_layouts_compute_the_same(name: str, gpu: Capability, request: pytest.FixtureRequest) -> None:
     result: compress.Result = request.getfixturevalue(name)
     module, inputs = result.module(), tuple(t[:2] for t in result.samples[0])
     want = torch.utils._pytree.tree_leaves(module(*inputs))
     before = module.state_dict()
-    for_device(module, layout)
-    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {layout}
+    for_device(module, gpu)
+    assert layouts(module) == {GPUS[gpu]}
     for a, b in zip(want, torch.utils._pytree.tree_leaves(module(*inputs)), strict=True):
         assert_close(a, b, db=110)
     # what only products read is there once, in the layout of the device
@@ -152,7 +152,7 @@ def test_device_layouts_compute_the_same(name: str, layout: str, request: pytest
     after = module.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     module.cpu()
-    assert {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL} == {"canonical"}
+    assert layouts(module) == {"canonical"}
     assert {n: type(t) for n, t in module.named_parameters()}.keys() == {
         n for n, _ in result.module().named_parameters()
     }
@@ -160,13 +160,13 @@ def test_device_layouts_compute_the_same(name: str, layout: str, request: pytest
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_state_is_taken_in_any_layout(tied: compress.Result, layout: str) -> None:
+@pytest.mark.parametrize("gpu", GPUS)
+def test_state_is_taken_in_any_layout(tied: compress.Result, gpu: Capability) -> None:
     source = tied.module()
     other = copy.deepcopy(source)
     for tensor in other.state_dict().values():
         tensor.zero_()
-    for_device(other, layout)
+    for_device(other, gpu)
     whole = nn.ModuleDict({"model": copy.deepcopy(other)})  # as a part of another module too
     other.load_state_dict(source.state_dict())
     whole.load_state_dict({f"model.{n}": t for n, t in source.state_dict().items()})
@@ -180,13 +180,13 @@ def test_state_is_taken_in_any_layout(tied: compress.Result, layout: str) -> Non
 
 
 def layouts(module: Any) -> set[Any]:
-    return {n.args[6] for n in module.graph.nodes if n.target is W4_MATMUL}
+    return {n.args[-1] for n in module.graph.nodes if n.target in BY_OPERATOR}
 
 
 def test_a_gpu_gets_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `.to` decides, without a GPU: the meta device plays its part."""
-    chosen = {"meta": "frag16_kw4", "cpu": "canonical"}
-    monkeypatch.setattr("compress.kernels.runtime.layout_of", lambda device: chosen[device.type])
+    chosen = {"meta": (8, 9), "cpu": None}
+    monkeypatch.setattr("compress.kernels.runtime.capability_of", lambda device: chosen[device.type])
     (ids,) = MODELS["tied_lm"].inputs(2)
     for dtype, layout in ((torch.bfloat16, "frag16_kw4"), (torch.float32, "canonical")):
         result = compress.run(make("tied_lm").to(dtype), "int4", example_inputs=(ids,))
@@ -197,6 +197,29 @@ def test_a_gpu_gets_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layouts(module.to("meta")) == {layout}
 
 
-def test_an_unknown_layout(tied: compress.Result) -> None:
-    with pytest.raises(PassError, match="there is no layout 'diagonal'"):
-        for_device(tied.module(), "diagonal")
+def test_sparse_weights_get_the_layout_of_sparse_tensor_cores() -> None:
+    """`int4-sparse` in 16 bits: the operator, its layout on a GPU, and a state that is canonical anywhere."""
+    example = MODELS["encoder"]
+    result = compress.run(
+        make("encoder").bfloat16(), "int4-sparse", inputs=example.specs, calibration=[example.inputs(6)]
+    )
+    module, inputs = result.module(), example.inputs(3)
+    sparse = [n for n in module.graph.nodes if n.target is W4_SPARSE24_MATMUL]
+    assert len(sparse) == 5 and layouts(module) == {"canonical"}
+    want, before = module(*inputs)["hidden"], module.state_dict()
+    for_device(module, (8, 0))
+    assert layouts(module) == {"sp24"}
+    assert {n.rpartition(".")[2] for n in packed_parts(module) if n.startswith("q.weight")} == {
+        "codes_device", "metadata_device", "scales_device", "zero_points_device",
+    }  # fmt: skip
+    assert torch.equal(module(*inputs)["hidden"], want)
+    after = module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    other = copy.deepcopy(module)
+    for tensor in other.buffers():
+        tensor.zero_()
+    other.load_state_dict(before)
+    assert torch.equal(other(*inputs)["hidden"], want)
+    module.cpu()
+    assert layouts(module) == {"canonical"} and module.state_dict().keys() == before.keys()
+    assert torch.equal(module(*inputs)["hidden"], want)

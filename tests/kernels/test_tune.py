@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from compress.errors import CompressError
+from compress.kernels import tune as measuring
 from compress.kernels import tuning
-from compress.kernels.tune import SHAPES, candidates, random_weight, tune, write
+from compress.kernels.tune import SHAPES, candidates, random_blocks, random_int8, random_weight, tune, write
 from compress.kernels.tuning import BLOCK_M, Gpu, Problem, choose, fits
+from compress.kernels.w4_bsr_matmul import layout as bsr
 from compress.kernels.w4_matmul.layout import step_of, unpack
+from compress.kernels.w4a8_matmul import layout as int8
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 232448)
 
@@ -23,10 +27,10 @@ H200 = Gpu("NVIDIA H200", (9, 0), 132, 232448)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COMPRESS_KERNEL_CONFIGS", str(tmp_path / "configs"))
-    for cached in (tuning.table, choose):
+    for cached in (tuning.table, tuning.measured):
         cached.cache_clear()
     yield tmp_path / "configs"
-    for cached in (tuning.table, choose):
+    for cached in (tuning.table, tuning.measured):
         cached.cache_clear()
 
 
@@ -48,6 +52,20 @@ def test_random_weights_are_one_weight_twice() -> None:
     assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
 
 
+@pytest.mark.parametrize("layout", ["bsr_kw2", "bsr_kw4"])
+def test_random_blocks_are_one_weight_twice(layout: str) -> None:
+    canonical, packed = random_blocks(200, 600, 32, 0.5, layout, torch.device("cpu"))
+    assert 0 < len(packed[0]) < 20
+    back = bsr.unpack(*packed, 32, 600, layout)
+    assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
+
+
+def test_random_integers_are_one_weight_twice() -> None:
+    canonical, packed = random_int8(70, 600, 128, torch.device("cpu"))
+    back = int8.unpack(*packed, 128, 600, "frag8")
+    assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
+
+
 def test_new_entries_take_the_place_of_old_ones(folder: Path) -> None:
     config = {"block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "split_k": 2}
     entry: dict[str, Any] = {"operator": "w4_matmul", "rows": 4096, "columns": 4096, "group": 128, "m": 16}
@@ -66,3 +84,27 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CompressError, match="there is no CUDA GPU here"):
         tune(SHAPES, 128)
+
+
+def test_time_that_is_up_leaves_the_rest_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured until then is in the file."""
+    clock = iter([0.0, 10.0, 50.0, 61.0])
+    begun = []
+
+    def best(rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: object) -> dict[str, Any]:
+        begun.append((rows, m))
+        config = {"block_m": m, "block_n": 64, "warps": 4, "stages": 3, "split_k": 1}
+        entry = {"operator": "w4_matmul", "rows": rows, "columns": columns, "group": group_size, "m": m}
+        return {**entry, "config": config, "microseconds": 9.0}
+
+    for name in ("_best", "_best_of_int8", "_best_of_blocks"):
+        monkeypatch.setattr(measuring, name, best)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "gpu_of", lambda index: H200)
+    told: list[str] = []
+    path = tune([(4096, 4096), (8192, 8192)], 128, told.append, minutes=1)
+    assert begun == [(4096, 16), (4096, 16)]
+    assert told[-1] == "1 minutes are over: 16 of 18 left out"
+    assert len(json.loads(path.read_text())["entries"]) == 1

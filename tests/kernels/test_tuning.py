@@ -52,10 +52,10 @@ def test_few_blocks_share_k() -> None:
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COMPRESS_KERNEL_CONFIGS", str(tmp_path))
-    for cached in (tuning.table, choose):
+    for cached in (tuning.table, tuning.measured):
         cached.cache_clear()
     yield tmp_path
-    for cached in (tuning.table, choose):
+    for cached in (tuning.table, tuning.measured):
         cached.cache_clear()
 
 

@@ -220,6 +220,15 @@ def test_assembly_lane_by_lane(execute: Any, blocks: int, dtype: torch.dtype, sy
     torch.testing.assert_close(y, x.double() @ values.T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_decoding_compiles() -> None:
+    triton = pytest.importorskip(
+        "compress.kernels.w4_sparse24_matmul.triton", reason="triton is not installed"
+    )
+    for capability in (80, 120):
+        assert triton.compiled_decoding(capability, zero_points=True).spilled == 0
+
+
 def _x_operands(pairs: Tensor, g: Tensor, t: Tensor, step: int, blocks: int) -> list[Tensor]:
     """``x0 + k + 4 * i`` and ``x1 + k + 4 * i`` of the kernel."""
     place = 64 * step + t[:, None] + 16 * torch.arange(4)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from compress.encoding import IntEncoding, dequantize, encode
 from compress.kernels.tuning import Config
+from compress.kernels.w4_matmul import plugin
 from compress.kernels.w4_matmul import triton as kernels
-from compress.kernels.w4_matmul.layout import kwidth_of, pack, step_of
+from compress.kernels.w4_matmul.layout import kwidth_of, pack, step_of, unpack
 
 LAYOUTS = ("frag16_kw2", "frag16_kw4")
 
@@ -96,3 +97,22 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     results = [kernels.launch(x, *packed, 2, Config(16, 64, 4, 2, 2)) for _ in range(2)]
     assert torch.equal(*results) and not counters.any()
     assert error(results[0], x.double() @ values.T) < 6e-3  # the interpreter cuts bfloat16 off
+
+
+def test_arguments_in_the_order_of_a_plugin() -> None:
+    """Inputs, whole numbers, output: what a host passes, and no more."""
+    m, rows, columns = 19, 70, 304
+    (codes, scales, zeros), values = weight(rows, columns, 128, False, "frag16_kw2", torch.float16)
+    canonical = unpack(codes, scales, zeros, 128, columns, "frag16_kw2")
+    assert canonical[2] is not None
+    packed = plugin.packed(*canonical, 128, columns, 90)
+    steps, _, step = packed[1].shape
+    config = plugin.CONFIGS[0]
+    group = packed[0].shape[1] * 64 // (steps * step)
+    assert group * step <= 256, "as long as shared memory is short"
+    fixed = kernels.constants(config, group, step, 2, torch.float16, True, columns, steps)
+    x = torch.randn(m, columns, generator=torch.Generator().manual_seed(0)).half()
+    y = torch.full((m, rows), float("nan"))
+    given = (x, packed[0], packed[1].view(torch.int32), packed[2], m, rows, columns, steps, y)
+    plugin.plugin_kernel[(-(-rows // config.block_n), -(-m // config.block_m))](*given, **fixed)
+    assert error(y, x.double() @ values.T) < 1e-6

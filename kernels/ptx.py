@@ -1,0 +1,113 @@
+"""Triton kernels as PTX, for hosts that launch them without Triton: plugins of TensorRT.
+
+Triton appends parameters of its own to those of a kernel: pointers to scratch memory for the kernel and for
+its profiler. A host that knows nothing of them would pass too few arguments. Where the kernel does not read
+them, which is so unless it was compiled to use such memory, they are taken off the entry, and Triton's own
+``ptxas`` has to take what is left. Importing this file needs `triton`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from compress.kernels.inspection import assemble, build
+
+SHARED = 48 * 1024
+"""Bytes of shared memory that a block may have without asking the driver first, on every GPU (CUDA C++
+Programming Guide, "Compute Capabilities"). No host is known here to ask."""
+
+_VERSION, _LATER = 87, 88
+"""Of PTX, as Triton counts it: that of CUDA 12.8, which knows GPUs up to 12.0, and of CUDA 12.9. A driver
+takes none that is newer than itself, and Triton's own choice is the newest it can write."""
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """A kernel as a host launches it.
+
+    Attributes:
+        name: of the entry.
+        text: the program; the entry takes the arguments of the kernel that are not constants, in order.
+        threads: per block.
+        shared: bytes of dynamic shared memory per block.
+        registers: per thread.
+        spilled: bytes that did not fit them, stored and loaded.
+    """
+
+    name: str
+    text: str
+    threads: int
+    shared: int
+    registers: int
+    spilled: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to compute ``y[M, N]`` of ``x[M, K]`` by a single launch, for any M.
+
+    Its arguments are pointers to the inputs, then M and `scalars` as int32, then the pointer to y.
+
+    Attributes:
+        ptx: the program.
+        blocks: of the grid in x; in y it has one for each `rows` rows of x.
+        rows: of x per block.
+        scalars: whole numbers behind M.
+    """
+
+    ptx: Ptx
+    blocks: int
+    rows: int
+    scalars: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing spills, and any host can launch it."""
+        return self.ptx.spilled == 0 and self.ptx.shared <= SHARED
+
+
+def emit(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    capability: int,
+    warps: int,
+    stages: int,
+) -> Ptx:
+    """Compile a kernel to PTX without hidden parameters; arguments as for `inspection.compile_for`.
+
+    Raises:
+        RuntimeError: the kernel needs scratch memory, or ``ptxas`` does not take the program.
+    """
+    version = _VERSION if capability <= 120 else _LATER
+    with triton.knobs.compilation.scope():
+        # where the source lies on this machine is nothing for an engine
+        triton.knobs.compilation.disable_line_info = True
+        built = build(kernel, types, constants, aligned, capability, warps, stages, ptx_version=version)
+    text = without_hidden(built.asm["ptx"], len(types))
+    registers, spilled = assemble(text, capability)
+    return Ptx(built.metadata.name, text, 32 * warps, built.metadata.shared, registers, spilled)
+
+
+def without_hidden(ptx: str, count: int) -> str:
+    """A program whose only entry keeps its first `count` parameters.
+
+    Raises:
+        RuntimeError: there is no such entry, or one of the others is read.
+    """
+    entries = re.findall(r"\.entry\s+(\w+)\(([^)]*)\)", ptx)
+    found = [(name, [p.strip() for p in listed.split(",")]) for name, listed in entries]
+    if len(found) != 1 or len(found[0][1]) < count:
+        raise RuntimeError(f"the program has entries {found}, expected one of at least {count} parameters")
+    name, parameters = found[0]
+    for parameter in parameters[count:]:
+        hidden = parameter.split()[-1]
+        if len(re.findall(rf"\b{hidden}\b", ptx)) > 1:
+            raise RuntimeError(f"{name} reads {hidden}, which Triton added: it needs scratch memory")
+    return ptx.replace(entries[0][1], "\n\t" + ",\n\t".join(parameters[:count]) + "\n")

@@ -1,0 +1,43 @@
+"""The Triton kernel of `compress::low_rank_matmul` in Triton's interpreter, beside float64.
+
+Not collected by itself: `tests/kernels/test_triton.py` runs it in a process with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.kernels.low_rank_matmul import triton as kernels
+
+
+@pytest.mark.parametrize(
+    ("m", "outputs", "columns", "rank", "dtype", "biased"),
+    [
+        (1, 256, 256, 16, torch.bfloat16, True),
+        (16, 128, 128, 64, torch.float16, False),
+        (3, 130, 200, 7, torch.bfloat16, True),
+        (5, 33, 17, 1, torch.float16, True),
+        (2, 300, 130, 100, torch.float16, False),
+        (16, 129, 192, 128, torch.bfloat16, False),
+    ],
+)
+def test_product(m: int, outputs: int, columns: int, rank: int, dtype: torch.dtype, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(m)
+    x, first, last, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((m, columns), (rank, columns), (outputs, rank), (outputs,))
+    )
+    given = bias if biased else None
+    y = torch.full((m, outputs), float("nan"))
+    kernels.launch(x, first, last, given, out=y)
+    middle = x.double() @ first.double().T
+    shift = bias.double() if biased else 0
+    exact = middle @ last.double().T + shift
+    # what is between is rounded once; the interpreter cuts bfloat16 off
+    assert float((y - exact).norm() / exact.norm()) < (6e-3 if dtype == torch.bfloat16 else 1e-3)
+    rounded = (x.float() @ first.float().T).to(dtype)
+    if dtype == torch.float16:
+        once = rounded.double() @ last.double().T + shift
+        assert float((y - once).norm() / once.norm()) < 1e-4
+    assert kernels.launch(x, first, last, given).dtype == dtype

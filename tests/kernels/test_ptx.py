@@ -1,0 +1,168 @@
+"""Kernels as plugins launch them: PTX without hidden parameters, for GPUs that are not here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from compress.kernels import ptx
+from compress.kernels.inspection import assemble, build
+from compress.kernels.ptx import SHARED, Launch, Ptx, emit, without_hidden
+from compress.kernels.tuning import Config
+from compress.kernels.w4_matmul import plugin as w4
+from compress.kernels.w4_matmul import triton as w4_triton
+from compress.kernels.w4_matmul.layout import step_of
+from compress.kernels.w4_sparse24_matmul import plugin as sparse
+from compress.kernels.w4_sparse24_matmul import triton as sparse_triton
+
+CAPABILITIES = (80, 89, 90, 120)
+COLUMNS, ROWS = 4096, 4080
+
+PROGRAM = """
+.version 8.7
+.visible .entry thing(
+	.param .u64 .ptr .global .align 1 thing_param_0,
+	.param .u32 thing_param_1,
+	.param .u64 .ptr .global .align 1 thing_param_2,
+	.param .u64 .ptr .global .align 1 thing_param_20
+)
+{
+	ld.param.b64 	%rd1, [thing_param_0];
+	ld.param.b32 	%r1, [thing_param_1];
+	ret;
+}
+"""
+
+
+def parameters(program: str) -> list[str]:
+    """Types of the parameters of the entry."""
+    listed = re.findall(r"\.entry \w+\(([^)]*)\)", program)
+    return [p.split()[1] for p in listed[0].split(",")]
+
+
+def operations(program: str) -> Counter[str]:
+    """How often each instruction stands in a program, whatever its registers and parameters."""
+    found = re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w:]*(?:\.[\w:]+)*)", program, re.MULTILINE)
+    return Counter(name for name in found if name not in ("b64", "reg"))
+
+
+def w4_shapes(group_size: int) -> list[tuple[int, ...]]:
+    group, step = step_of(group_size, COLUMNS, w4._STEP)
+    steps = COLUMNS // (group * step)
+    return [(-1, COLUMNS), (256, COLUMNS // 64, 32, 4), (steps, ROWS, step), (steps, ROWS)]
+
+
+def sparse_shapes() -> list[tuple[int, ...]]:
+    steps = COLUMNS // 128
+    return [(-1, COLUMNS), (256, steps, 32, 4), (256, steps, 32, 2), (steps, ROWS, 4), (steps, ROWS)]
+
+
+def test_hidden_parameters_go() -> None:
+    assert parameters(without_hidden(PROGRAM, 2)) == [".u64", ".u32"]
+    assert parameters(without_hidden(PROGRAM, 3)) == [".u64", ".u32", ".u64"], (
+        "one that no one reads may stay"
+    )
+    assert without_hidden(PROGRAM, 2).count("thing_param_2") == 0
+    with pytest.raises(RuntimeError, match="reads thing_param_1, which Triton added"):
+        without_hidden(PROGRAM, 1)
+    with pytest.raises(RuntimeError, match="at least 5 parameters"):
+        without_hidden(PROGRAM, 5)
+    with pytest.raises(RuntimeError, match="entries \\[\\]"):
+        without_hidden("ret;", 1)
+
+
+def test_what_fits() -> None:
+    program = Ptx("k", "", 128, SHARED, 96, 0)
+    assert Launch(program, 1, 16, ()).fits
+    assert not Launch(Ptx("k", "", 128, SHARED + 1, 96, 0), 1, 16, ()).fits
+    assert not Launch(Ptx("k", "", 128, 0, 255, 8), 1, 16, ()).fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", ["w4_matmul", "w4_sparse24_matmul"])
+def test_programs_assemble(kernel: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what Triton added, for every GPU: nothing spills, the arguments are in order."""
+    half = torch.float16
+    if kernel == "w4_matmul":
+        monkeypatch.setattr(w4, "CONFIGS", w4.CONFIGS[:1])
+        (launch,) = w4.launches(w4_shapes(128), half, half, capability)
+        assert (launch.blocks, launch.rows, launch.scalars) == (64, 16, (ROWS, COLUMNS, 16))
+        inputs = 4
+    else:
+        monkeypatch.setattr(sparse, "CONFIGS", sparse.CONFIGS[:1])
+        (launch,) = sparse.launches(sparse_shapes(), half, half, capability)
+        assert (launch.blocks, launch.rows, launch.scalars) == (32, 8, (ROWS, COLUMNS // 2, 32))
+        inputs = 5
+    program = launch.ptx
+    assert launch.fits and program.spilled == 0 and program.threads == 128
+    assert parameters(program.text) == [".u64"] * inputs + [".u32"] * 4 + [".u64"]
+    assert assemble(program.text, capability) == (program.registers, 0)
+    assert ".loc" not in program.text and ".py" not in program.text
+    assert f".entry {program.name}(" in program.text and ".version 8.7" in program.text
+    product = {
+        "w4_matmul": "wgmma.mma_async" if capability == 90 else "mma.sync",
+        "w4_sparse24_matmul": "mma.sp",
+    }
+    assert product[kernel] in program.text
+
+
+def uses(program: str, names: list[str]) -> list[str]:
+    """What Triton's own code does with each argument, in order; other values have no names."""
+    known = rf"%(?!(?:{'|'.join(names)})\b)[\w#]+"
+    lines = [line.split(" loc(")[0] for line in program.splitlines() if "tt.func" not in line]
+    reading = [line.partition("=")[2] for line in lines if re.search(rf"%({'|'.join(names)})\b", line)]
+    return [re.sub(known, "%", line).strip() for line in reading]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["w4_matmul", "w4_sparse24_matmul"])
+def test_a_program_is_the_kernel_that_torch_launches(kernel: str) -> None:
+    """The same constants as a launch by Triton, the same instructions, the same use of each argument."""
+    half = torch.float16
+    fixed: dict[str, Any]
+    if kernel == "w4_matmul":
+        types = {"x_ptr": "*fp16", "q_ptr": "*i32", "s_ptr": "*i32", "z_ptr": "*i32"}
+        fixed = w4_triton.constants(w4.CONFIGS[0], 32, 4, 4, half, True, COLUMNS, 32, False)
+        launched, ours = w4_triton.matmul_kernel, w4.plugin_kernel
+        program = w4._emit(w4.CONFIGS[0], 32, 4, half, half, True, True, True, 80)
+    else:
+        types = {"x_ptr": "*i32", "q_ptr": "*i32", "e_ptr": "*i32", "s_ptr": "*i64", "z_ptr": "*i32"}
+        fixed = sparse_triton.constants(1, 1, 2, half, True, True)
+        launched, ours = sparse_triton.sparse_kernel, sparse.plugin_kernel
+        program = sparse._emit(1, 2, half, half, True, True, 80)
+    types |= {"y_ptr": "*fp16", "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32"}
+    all_types = {**types, "part_ptr": "*fp32", "count_ptr": "*i32"}
+    plain, hosted = (
+        build(function, given, fixed, [n for n in given if n != "M"], 80, 4, 2, ptx_version=87).asm
+        for function, given in ((launched, all_types), (ours, types))
+    )
+    assert len(parameters(plain["ptx"])) > len(all_types), "Triton adds parameters of its own"
+    assert operations(program.text).total() > 200
+    assert operations(program.text) == operations(without_hidden(plain["ptx"], len(all_types)))
+    assert len(uses(plain["ttir"], list(types))) >= len(types)
+    assert uses(hosted["ttir"], list(types)) == uses(plain["ttir"], list(types))
+
+
+def test_what_ptxas_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Built:
+        asm = {"ptx": PROGRAM}  # noqa: RUF012
+
+    def give(*_: Any, **__: Any) -> Built:
+        return Built()
+
+    monkeypatch.setattr(ptx, "build", give)
+    with pytest.raises(RuntimeError, match="ptxas fails"):
+        emit(None, {"a": "*i32", "b": "i32"}, {}, [], 80, 4, 2)
+
+
+def test_every_config_is_a_launch_for_some_weight() -> None:
+    """Blocks divide the padded rows, and K is never shared: a plugin has one launch and no workspace."""
+    assert all(isinstance(c, Config) and c.split_k == 1 and c.block_n in (64, 128) for c in w4.CONFIGS)
+    assert len(set(w4.CONFIGS)) == len(w4.CONFIGS) and len(set(sparse.CONFIGS)) == len(sparse.CONFIGS)
