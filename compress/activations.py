@@ -1,17 +1,19 @@
 """Quantized activations: how a rounded activation stands in the graph, and what it is on the target.
 
-Two operators say "from here on this value is an 8-bit integer"; both return float32, on the grid of that
-integer, so a graph that holds them runs anywhere and computes what the integer kernels compute up to the
-order of summation::
+Three operators say "from here on this value has 8 bits"; all return float32, on the grid of these 8 bits,
+so a graph that holds them runs anywhere and computes what the kernels of the target compute up to the order
+of summation::
 
-    compress::fake_quantize(x, scale, zero_point)    range known beforehand, from calibration (static)
-    compress::fake_quantize_dynamic(x)               range of this very call (dynamic)
+    compress::fake_quantize(x, scale, zero_point)    integers, range known from calibration (static)
+    compress::fake_quantize_dynamic(x)               integers, range of this very call (dynamic)
+    compress::fake_quantize_float8(x, scale)         floats (E4M3), range known from calibration
 
 The integers are uint8. A symmetric signed one, as TensorRT wants, is the same numbers with the zero point
 128: ``int8 code = uint8 code - 128``; so one calibrated graph serves both.
 
-Both follow ONNX to the bit: ``QuantizeLinear`` (``saturate(round_half_even(x / scale) + zero_point)``) and
-``DynamicQuantizeLinear`` (the range always holds zero; ``scale = (max - min) / 255``).
+All follow ONNX to the bit: ``QuantizeLinear`` (``saturate(round_half_even(x / scale) + zero_point)``) and
+``DynamicQuantizeLinear`` (the range always holds zero; ``scale = (max - min) / 255``); of floats
+``saturate(round_half_even(x / scale))``.
 """
 
 from __future__ import annotations
@@ -22,10 +24,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from compress.float8 import LARGEST, to_float8
 
 LEVELS = 256
 """Codes of an activation, 0 to 255."""
+
+SYMMETRIC_ZERO = 128
+"""The zero point of the symmetric form."""
 
 
 PAIR_LIMIT = 128
@@ -90,7 +97,7 @@ class Grid:
         # subnormal steps have no digits left to be steps of
         scale = max(scale, torch.finfo(torch.float32).tiny) if scale > 0 else 1.0
         scale = float(torch.tensor(scale))
-        return cls(scale, 128 if symmetric else round(-low / scale))
+        return cls(scale, SYMMETRIC_ZERO if symmetric else round(-low / scale))
 
     @property
     def low(self) -> float:
@@ -101,6 +108,28 @@ class Grid:
     def high(self) -> float:
         """The largest value on the grid."""
         return (LEVELS - 1 - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How activations are rounded to 8 bits: what a pass says it may leave (`Pass.leaves`).
+
+    Attributes:
+        static: on ranges known beforehand, from calibration; else on those of each call.
+        symmetric: static zero points are all 128.
+        float8: to floats (E4M3) instead of integers.
+    """
+
+    static: bool
+    symmetric: bool = False
+    float8: bool = False
+
+    def __str__(self) -> str:
+        if self.float8:
+            return "static fp8 activations"
+        if not self.static:
+            return "dynamic 8-bit activations"
+        return f"static 8-bit activations{'' if self.symmetric else ' with zero points'}"
 
 
 @torch.library.custom_op("compress::fake_quantize", mutates_args=())
@@ -135,6 +164,20 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
     return _round(x, scale, torch.round((-low / scale).clamp(0, LEVELS - 1)))
 
 
+@torch.library.custom_op("compress::fake_quantize_float8", mutates_args=())
+def fake_quantize_float8(x: Tensor, scale: float) -> Tensor:
+    """Round to E4M3 and back on a known scale; ONNX ``QuantizeLinear`` -> ``DequantizeLinear``.
+
+    Args:
+        x: float32, any shape.
+        scale: positive; values beyond 448 of it are clipped.
+
+    Returns:
+        float32, the shape of `x`.
+    """
+    return to_float8(x / scale).float() * scale
+
+
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     codes = (torch.round(x / scale) + zero_point).clamp_(0, LEVELS - 1)
     return codes.sub_(zero_point).mul_(scale)
@@ -147,6 +190,11 @@ def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
 
 @fake_quantize_dynamic.register_fake
 def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@fake_quantize_float8.register_fake
+def _(x: Tensor, scale: float) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -164,12 +212,32 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return gradient * within, None, None
 
 
+def _keep_float8(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    x, scale = inputs
+    ctx.save_for_backward(x.abs() <= LARGEST * scale)
+
+
+def _straight_through_float8(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (within,) = ctx.saved_tensors
+    return gradient * within, None
+
+
 fake_quantize.register_autograd(_straight_through, setup_context=_keep)
+fake_quantize_float8.register_autograd(_straight_through_float8, setup_context=_keep_float8)
 # the range is that of the values, so none is clipped
 fake_quantize_dynamic.register_autograd(lambda ctx, gradient: gradient)
 
 
 STATIC = torch.ops.compress.fake_quantize.default
 DYNAMIC = torch.ops.compress.fake_quantize_dynamic.default
-QUANTIZERS = (STATIC, DYNAMIC)
-"""The two operators, as targets of graph nodes."""
+FLOAT8 = torch.ops.compress.fake_quantize_float8.default
+QUANTIZERS = (STATIC, DYNAMIC, FLOAT8)
+"""The operators, as targets of graph nodes."""
+
+
+def rounding(node: fx.Node) -> Rounding:
+    """How a node of `QUANTIZERS` rounds."""
+    if node.target is FLOAT8:
+        return Rounding(static=True, float8=True)
+    static = node.target is STATIC
+    return Rounding(static, symmetric=static and bool(node.args[2] == SYMMETRIC_ZERO))

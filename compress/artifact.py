@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of interleaved runs, one thread.
+    """Medians of interleaved runs.
 
     Attributes:
         sizes: the dynamic dimensions of this run.
@@ -107,6 +108,7 @@ class Timing:
         speedup: median of the pairwise ratios float / compressed; above 1 is faster.
         spread: half the interquartile range of those ratios; differences below it are noise.
         samples: pairs measured.
+        threads: of the runtime.
     """
 
     sizes: dict[str, int]
@@ -115,6 +117,7 @@ class Timing:
     speedup: float
     spread: float
     samples: int
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,3 +158,19 @@ class Verification:
         """By how much the file's metric is worse than the original's; negative where it is better."""
         drop = self.metric["original"] - self.metric["file"]
         return -drop if self.lower_is_better else drop
+
+    def stored(self) -> dict[str, Any]:
+        """What goes into the file: no timings, they differ from run to run; no infinities, JSON has none."""
+        compared = [
+            {"what": c.what, "output": c.output, "cosine": round(c.cosine, 4), "top1": round(c.top1, 4)}
+            for c in self.comparisons
+            if c.what == "file vs original"
+        ]
+
+        def finite(values: dict[str, float]) -> dict[str, float | str]:
+            return {k: float(f"{v:.6g}") if math.isfinite(v) else str(v) for k, v in values.items()}
+
+        results = {"compared": compared, "metric": finite(self.metric), "inputs": self.inputs}
+        if self.kl:
+            results["perplexity"] = {"text": self.measured_on, "kl": finite(self.kl)}
+        return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -70,11 +71,20 @@ diff_options = _all(
 )
 """What `compress diff` takes."""
 
+_eval = click.option(
+    "--eval", "metric", metavar="perplexity:FILE|MODULE:CALLABLE",
+    help="perplexity:FILE, of a language model on a text. Or your metric: takes a model, "
+         "returns a number, higher is better.",
+)  # fmt: skip
+
 run_options = _all(
     click.option("--recipe", "-r", default="int8", show_default=True, metavar="NAME|FILE",
                  help="A built-in recipe (`compress recipes`) or a YAML file."),
     click.option("--output", "-o", type=click.Path(), metavar="OUT",
                  help="The file to write. Default: <MODEL>-<recipe>.onnx in the current folder."),
+    click.option("--report", "report_file", type=click.Path(path_type=Path), metavar="FILE",
+                 help="A report besides those beside OUT: .html, a page to look at; .md, a model card; "
+                      ".json."),
     click.option("--target",
                  help="onnx, torch or tensorrt. Default: by the end of OUT (.safetensors, .engine)."),
     click.option("--decode", type=click.Choice(["run", "load"]), default="run", show_default=True,
@@ -85,9 +95,7 @@ run_options = _all(
     click.option("--genai", is_flag=True,
                  help="Make the folder of OUT one of onnxruntime-genai: its settings and the tokenizer "
                       "beside the model."),
-    click.option("--eval", "metric", metavar="perplexity:FILE|MODULE:CALLABLE",
-                 help="perplexity:FILE, of a language model on a text. Or your metric: takes a model, "
-                      "returns a number, higher is better."),
+    _eval,
     click.option("--max-drop", type=float, metavar="X",
                  help="Exit with 3 when the file's metric is worse than the original's by more than X."),
     click.option("--min-speedup", type=float, metavar="X",
@@ -98,6 +106,27 @@ run_options = _all(
     click.option("--quiet", "-q", is_flag=True, help="Print only the headline."),
 )  # fmt: skip
 """What `compress run` takes besides."""
+
+bench_options = _all(
+    click.option("--recipes", "-r", default="int8,int4", show_default=True, metavar="NAME|FILE,..",
+                 help="Built-in recipes (`compress recipes`) or YAML files."),
+    click.option("--peers", default="", metavar="ort",
+                 help="ort: also ONNX Runtime's own quantizers that suit the model, on the same samples."),
+    _eval,
+    click.option("--batch-sizes", default="1,8", show_default=True, metavar="N,N,..",
+                 help="Batch sizes to time; empty for no timing."),
+    click.option("--threads", default="1", show_default=True, metavar="N,N,..",
+                 help="Thread counts of the runtime to time at."),
+    click.option("--seconds", default=1.0, show_default=True, metavar="X",
+                 help="Time for each file, batch size and thread count."),
+    click.option("--report", "-o", "reports", type=click.Path(path_type=Path), multiple=True, metavar="OUT",
+                 help="Where to write the result: .html, a page to look at; .md, a model card; .json. "
+                      "Several times for several. Default: <MODEL>-bench.json."),
+    click.option("--files", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="FOLDER",
+                 help="Keep the files there. Default: they are not kept."),
+    click.option("--quiet", "-q", is_flag=True, help="Print only the headline."),
+)  # fmt: skip
+"""What `compress bench` takes besides."""
 
 tensorrt_options = _all(
     click.option("--gpu", metavar="SM,SM,..",

@@ -18,21 +18,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from compress.augmentation import Augmentation, augmented, is_images
 from compress.data import Batch, CalibrationData
-from compress.errors import CalibrationError, PassError
-from compress.gradients import fits, target_output
+from compress.errors import PassError
 from compress.graph import Graph, Site, argument
+from compress.losses import Loss, hidden_points, returning, with_hidden
 from compress.progress import Progress, Silent
-from compress.sensitivity import logits
 from compress.statistics import HELD_OUT_EVERY
 
-Loss = Callable[[Sequence[Any], Sequence[Any], Tensor | None], Tensor]
-"""(flat outputs, flat outputs of the reference, labels or None) -> what to minimise, a scalar."""
 Optimizer = Literal["adam", "sgd"]
 BatchNorm = Literal["frozen", "train"]
-Augmentation = Literal["crop", "flip"]
 
 _HELD_OUT = 512
 """Samples kept apart at most: choosing one of a few dozen checkpoints takes no more."""
@@ -209,105 +206,6 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     return Batch(inputs, torch.cat(labels) if labels else None)
 
 
-def augmented(
-    inputs: Sequence[Tensor], kinds: Sequence[Augmentation], generator: torch.Generator
-) -> tuple[Tensor, ...]:
-    """Images moved by up to an eighth of their size and mirrored, by chance (He et al. 2016, section 4.2).
-
-    What a shift uncovers is zero, which is the mean of images normalised as usual.
-
-    Args:
-        inputs: images are float ``[B, C, H, W]``; others stay as they are.
-
-    Raises:
-        PassError: there are none.
-    """
-    if kinds and not any(_is_images(t) for t in inputs):
-        shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in inputs)
-        raise PassError(f"augment, and the model reads {shapes}", expected="images, float [B, C, H, W]")
-    return tuple(_moved(t, kinds, generator) if kinds and _is_images(t) else t for t in inputs)
-
-
-def _is_images(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_floating_point()
-
-
-def _moved(x: Tensor, kinds: Sequence[Augmentation], generator: torch.Generator) -> Tensor:
-    count, _, height, width = x.shape
-    if "flip" in kinds:
-        mirrored = torch.rand(count, generator=generator) < 0.5
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    if "crop" in kinds:
-        down, right = height // 8, width // 8
-        padded = nn.functional.pad(x, (right, right, down, down))
-        tops = torch.randint(0, 2 * down + 1, (count,), generator=generator)
-        lefts = torch.randint(0, 2 * right + 1, (count,), generator=generator)
-        rows = (tops[:, None] + torch.arange(height))[:, :, None]
-        columns = (lefts[:, None] + torch.arange(width))[:, None, :]
-        x = (
-            padded.movedim(1, -1)[torch.arange(count)[:, None, None], rows, columns]
-            .movedim(-1, 1)
-            .contiguous()
-        )
-    return x
-
-
-# -- losses ------------------------------------------------------------------------------------------
-
-
-def kl_loss(graph: Graph, temperature: float) -> Loss:
-    """Distillation (Hinton et al. 2015, section 2): ``T^2 KL(softmax(z'/T) || softmax(z/T))``, mean of rows.
-
-    Raises:
-        PassError: the model has no logits.
-    """
-    target_output(graph)
-    found = logits(graph)
-
-    def loss(outputs: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
-        parts = []
-        for i in found:
-            ours, theirs = (y[i].float().flatten(0, -2) / temperature for y in (outputs, wanted))
-            kl = nn.functional.kl_div(
-                ours.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True
-            )
-            parts.append(kl * temperature**2)
-        return torch.stack(parts).mean()
-
-    return loss
-
-
-def label_loss(graph: Graph) -> Loss:
-    """Cross-entropy of the logits with the labels of the data, a row's mean.
-
-    Raises:
-        PassError: the model has no logits.
-        CalibrationError: (by the loss) the data has no class for each row of logits.
-    """
-    output = target_output(graph)
-
-    def loss(outputs: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
-        scores = outputs[output].float()
-        if labels is None or not fits(labels, len(scores), scores):
-            shape = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
-            raise CalibrationError(
-                f"loss: labels, and the labels of the calibration data are {shape}",
-                expected=f"int64 {list(scores.shape[:-1])}, classes below {scores.shape[-1]}",
-                fix="loss: kl learns from the original model and needs no labels",
-            )
-        return nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
-
-    return loss
-
-
-def mse_loss(outputs: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
-    """Mean squared error of the floating-point outputs, averaged over outputs."""
-    pairs = [(a, b) for a, b in zip(outputs, wanted, strict=True) if isinstance(b, Tensor)]
-    return torch.stack(
-        [nn.functional.mse_loss(a.float(), b.float()) for a, b in pairs if b.is_floating_point()]
-    ).mean()
-
-
 # -- training ----------------------------------------------------------------------------------------
 
 
@@ -323,6 +221,7 @@ class Plan:
         augment: what is done to images by chance, each time they are seen.
         batch_norm: which statistics it uses in training: its running ones, or those of the batch.
         seed: of order and augmentation.
+        hidden: weight of the hidden values in the loss (`compress.losses.with_hidden`).
     """
 
     epochs: float
@@ -332,6 +231,7 @@ class Plan:
     augment: tuple[Augmentation, ...] = ()
     batch_norm: BatchNorm = "frozen"
     seed: int = 0
+    hidden: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -375,9 +275,18 @@ def fit(
         progress: told about every look at the held-out loss.
 
     Raises:
-        PassError: the loss is not finite at the start, or does not depend on what is trained.
+        PassError: the loss is not finite at the start, or does not depend on what is trained; there are no
+            hidden values in common.
     """
-    trainee = Trainee(graph, names, plan.batch_norm)
+    changed = graph
+    if plan.hidden:
+        points = hidden_points(graph, reference)
+        loss = with_hidden(loss, len(graph.output_names), plan.hidden)
+        graph, reference = returning(graph, points), returning(reference, points)
+    channels_last = _channels_last_pays(graph) and _channels_last_pays(reference)
+    if channels_last:
+        reference = _of_any_layout(reference)
+    trainee = Trainee(_of_any_layout(graph) if channels_last else graph, names, plan.batch_norm)
     samples = Samples(graph, list(data))
     training, held = samples.split()
     generator = torch.Generator().manual_seed(plan.seed)
@@ -390,8 +299,8 @@ def fit(
         parts = []
         for batch in judged:
             # not kept from one look to the next: logits of a language model are its largest value
-            target = reference.run(_copies(batch.inputs))
-            ours = trainee.run(_copies(batch.inputs), grad=False)
+            target = reference.run(_copies(batch.inputs, channels_last))
+            ours = trainee.run(_copies(batch.inputs, channels_last), grad=False)
             parts.append(float(loss(ours, target, batch.labels)))
         return math.fsum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)
 
@@ -420,8 +329,8 @@ def fit(
         rows, order = order[:size], order[size:]
         for batch in samples.take(rows):
             inputs = augmented(batch.inputs, plan.augment, generator)
-            target = reference.run(_copies(inputs))
-            value = loss(trainee.run(_copies(inputs)), target, batch.labels)
+            target = reference.run(_copies(inputs, channels_last))
+            value = loss(trainee.run(_copies(inputs, channels_last)), target, batch.labels)
             if not value.requires_grad:
                 raise PassError(
                     "the loss does not depend on the outputs of the graph", expected="one that does"
@@ -429,15 +338,34 @@ def fit(
             trainee.step(optimizer, value)
         schedule.step()
     assert best is not None
-    result = graph.copy()
+    result = changed.copy()
     after, kept, values = best
     _store(result, values)
     return Fitted(result, before, after, (total, kept))
 
 
-def _copies(inputs: Iterable[Tensor]) -> list[Tensor]:
+def _copies(inputs: Iterable[Tensor], channels_last: bool) -> list[Tensor]:
     """A model may write into its inputs, which others still have to read."""
-    return [tensor.clone() for tensor in inputs]
+    last, same = torch.channels_last, torch.preserve_format
+    return [t.clone(memory_format=last if channels_last and is_images(t) else same) for t in inputs]
+
+
+def _channels_last_pays(graph: Graph) -> bool:
+    """Whether images are to lie in memory with their channels last, as then do the outputs of convolutions:
+    with the few channels that compressed ones have, in numbers that no vector divides, they train 1.2 to 1.8
+    times as fast so on processors (a ResNet-20, dense and decomposed).
+    """
+    convolves = any(site.kind == "conv" and len(graph.shape(site.weight)) == 4 for site in graph.sites())
+    return convolves and not any("as_strided" in str(node.target) for node in graph.ops.nodes)
+
+
+def _of_any_layout(graph: Graph) -> Graph:
+    """The same graph for values in any order in memory: `view` takes those in row-major order only."""
+    free = graph.copy()
+    for node in free.ops.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    return free
 
 
 def _optimizer(variables: list[Tensor], plan: Plan) -> torch.optim.Optimizer:

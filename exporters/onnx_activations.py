@@ -5,6 +5,8 @@ layer            form in the file                                            ONN
 ================ =========================================================== =====================
 linear, dynamic  DynamicQuantizeLinear -> MatMulInteger(INT8) -> Cast -> Mul DynamicQuantizeMatMul
                  (-> Add)
+linear, static   QuantizeLinear -> DequantizeLinear -> MatMul (weight: INT8  MatMulIntegerToFloat
+                 -> DequantizeLinear) (-> Add)
 shared input     one DynamicQuantizeLinear, then the same for each layer     MatMulIntegerToFloat
 convolution,     QuantizeLinear -> DequantizeLinear -> Conv (weight: INT8    QLinearConv
 static           -> DequantizeLinear) -> Relu -> QuantizeLinear -> ...
@@ -23,9 +25,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from compress.activations import DYNAMIC, STATIC, saturates, summation_order
+from compress.activations import DYNAMIC, FLOAT8, STATIC, saturates, summation_order
 from compress.artifact import Lowered
 from compress.encoding import EncodedWeight
 
@@ -37,8 +40,11 @@ def translations(*, signed: bool = False) -> dict[Any, Any]:
     """How `torch.onnx` writes the rounding operators.
 
     Args:
-        signed: static codes as int8, 128 less than as uint8.
+        signed: for TensorRT: static codes as int8, 128 less than as uint8, and float8 as QuantizeLinear. With
+            that, ONNX Runtime (1.31) fuses integer operators that do not load; it gets casts.
     """
+    import ml_dtypes
+    import onnx_ir as ir
     from onnxscript import opset21
 
     op: Any = opset21
@@ -53,7 +59,16 @@ def translations(*, signed: bool = False) -> dict[Any, Any]:
         codes, scale, zero_point = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(codes, scale, zero_point)
 
-    return {STATIC: static, DYNAMIC: dynamic}
+    def float8(x: Any, scale: float) -> Any:
+        s = op.Constant(value_float=scale)
+        if not signed:
+            rounded = op.Cast(op.Div(x, s), to=ir.DataType.FLOAT8E4M3FN.value)
+            return op.Mul(op.Cast(rounded, to=ir.DataType.FLOAT.value), s)
+        # its zero point, always 0, says what QuantizeLinear rounds to
+        z = op.Constant(value=ir.tensor(np.zeros((), dtype=ml_dtypes.float8_e4m3fn)))
+        return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
+
+    return {STATIC: static, DYNAMIC: dynamic, FLOAT8: float8}
 
 
 def integer_input(node: ir.Node) -> ir.Node | None:
@@ -64,6 +79,16 @@ def integer_input(node: ir.Node) -> ir.Node | None:
         return None
     quantize = decode.inputs[0].producer()
     return quantize if quantize is not None and quantize.op_type == "DynamicQuantizeLinear" else None
+
+
+def static_input(node: ir.Node) -> bool:
+    """Whether a layer reads a value rounded on a known range."""
+    value = node.inputs[0]
+    decode = None if value is None else value.producer()
+    if decode is None or decode.op_type != "DequantizeLinear" or decode.inputs[0] is None:
+        return False
+    quantize = decode.inputs[0].producer()
+    return quantize is not None and quantize.op_type == "QuantizeLinear"
 
 
 def is_integer_weight(encoded: EncodedWeight) -> bool:
@@ -125,6 +150,27 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
     form = f"DynamicQuantizeLinear -> MatMulInteger(INT{encoded.encoding.bits})"
     fused = "MatMulIntegerToFloat" if shared else "DynamicQuantizeMatMul"
     return Lowered(name, form, fused, tuple(products))
+
+
+def static_product(builder: Any, name: str, encoded: EncodedWeight, readers: list[ir.Node]) -> Lowered:
+    """Give every MatMul or Gemm on values rounded on a known range an int8 weight with its decoder, which the
+    runtime takes into MatMulIntegerToFloat.
+
+    Args:
+        as of `integer_product`; `static_input` holds for each reader.
+    """
+    weight = _integers(builder, readers[0], name, encoded, _signed(encoded).t())
+    scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
+    decoders = []
+    for i, node in enumerate(readers):
+        decoders.append(f"{name}/{i}/decode" if i else f"{name}/decode")
+        decode = builder.node(node, "DequantizeLinear", [weight, scales], decoders[-1], axis=1)
+        if node.op_type == "Gemm":
+            builder.gemm_to_matmul(node, decode, torch.float32, detour=True)
+        else:
+            node.replace_input_with(1, decode)
+    form = f"QuantizeLinear -> DequantizeLinear(INT{encoded.encoding.bits}) -> MatMul"
+    return Lowered(name, form, "MatMulIntegerToFloat", tuple(decoders))
 
 
 def _products(codes: ir.Value) -> int:

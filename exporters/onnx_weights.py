@@ -38,6 +38,8 @@ from compress.exporters.onnx_activations import (
     integer_input,
     integer_product,
     is_integer_weight,
+    static_input,
+    static_product,
 )
 
 FOLD_BELOW = 1 << 16
@@ -79,6 +81,8 @@ def lower_weights(
         whole = encoded.dtype == torch.float32  # integer products give float32
         if whole and kinds == {"linear"} and is_integer_weight(encoded) and all(map(integer_input, nodes)):
             form = integer_product(builder, name, encoded, nodes)
+        elif whole and kinds == {"linear"} and is_integer_weight(encoded) and all(map(static_input, nodes)):
+            form = static_product(builder, name, encoded, nodes)
         elif whole and len(uses) == 1 and (conv := integer_convolution(nodes[0], encoded)):
             form = integer_filter(builder, name, encoded, conv)
         elif len(uses) > 1 and kinds <= {"linear", "embedding"}:
@@ -360,14 +364,17 @@ class Builder:
             return value
         return self.node(before, "Cast", [value], name, to=_ONNX_TYPES[dtype].value)
 
-    def gemm_to_matmul(self, gemm: ir.Node, weight: ir.Value, dtype: torch.dtype) -> None:
+    def gemm_to_matmul(
+        self, gemm: ir.Node, weight: ir.Value, dtype: torch.dtype, *, detour: bool = False
+    ) -> None:
         """Gemm with a transposed weight is not fused with its decoder; MatMul and Add are.
 
         Before an activation ONNX Runtime fuses a 2-D MatMul, Add and the activation into one float
-        FusedGemm first, and the weight would be decoded on every call; with a third axis it does not.
+        FusedGemm first, and the weight would be decoded on every call; with a third axis it does not. Between
+        rounded activations it makes a Gemm of any 2-D MatMul and Add: `detour` adds the axis there too.
         """
         name = gemm.name or gemm.outputs[0].name or "gemm"
-        detour = any(reader.op_type in _FUSED_ACTIVATIONS for reader, _ in gemm.outputs[0].uses())
+        detour = detour or any(reader.op_type in _FUSED_ACTIVATIONS for reader, _ in gemm.outputs[0].uses())
         operand = _input(gemm, 0)
         operand = self.cast(gemm, operand, dtype, torch.float32, f"{name}/to_float")
         if detour:

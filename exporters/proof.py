@@ -11,18 +11,21 @@ for floats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from compress.activations import DYNAMIC, QUANTIZERS
+from compress.activations import DYNAMIC, FLOAT8, QUANTIZERS
 from compress.artifact import Lowered
 from compress.errors import ExportError, VerificationError
 from compress.exporters.ort import Session
+from compress.float8 import LARGEST, float8_steps
 from compress.graph import Graph
 from compress.numerics import sqnr_db
+from compress.progress import Progress, Silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,21 +34,34 @@ _EXACT_DB = 50.0
 _INT8_ACTIVATIONS_DB = 25.0
 """MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
 
-_TIES = 0.02
-"""Largest fraction of codes that may be the next ones; true ties are a few in 100,000."""
-
 _HALF_DB = 30.0
 """float16 rounds each value by 2^-12 of it at most; layers in a row and sums that cancel add to that. The
 same file in float32 is proven on its own, so this one need only find what does not fit into float16."""
 
-_STEPS, _HALF_STEPS = 1.1, 4.1
-"""By how many steps a code may be another. A sum in float16 that cancels is off by parts of its largest
-terms."""
 
-_HALF_TIES = 0.05
-"""As `_TIES`: a float16 of 64 to 127 steps is known to 1/32 of one; 1.2 % and two steps were measured."""
+@dataclass(frozen=True)
+class _Ties:
+    """By how much roundings of file and graph may differ.
 
+    Attributes:
+        steps: by how many steps a code may be another. A sum in float16 that cancels is off by parts of its
+            largest terms.
+        share: largest fraction of codes that may be others. In float32 true ties are a few in 100,000; a
+            float16 of 64 to 127 steps is known to 1/32 of one, and 1.2 % and two steps were measured.
+        finest: the smallest step of 8-bit floats that counts, as a fraction of the largest number: those near
+            zero are finer than the sums they round.
+    """
+
+    steps: float
+    share: float
+    finest: float
+
+
+_SINGLE, _HALF = _Ties(1.1, 0.02, 2.0**-20), _Ties(4.1, 0.05, 2.0**-10)
+
+_ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear")
 _MARK = "rounded_"
+_AS_FLOAT = ".float"
 
 
 def mark_roundings(model: ir.Model, graph: Graph) -> None:
@@ -55,11 +71,18 @@ def mark_roundings(model: ir.Model, graph: Graph) -> None:
         model: as `torch.onnx` translated it, nothing optimised.
         graph: what was translated.
     """
-    found = [n for n in model.graph if n.op_type in ("QuantizeLinear", "DynamicQuantizeLinear")]
+    found = [n for n in model.graph if n.op_type in _ROUNDING or _to_float8(n.attributes.get_int("to", 0))]
     if len(found) == len(_roundings(graph)):  # else the model rounds on its own, and nothing is known
         for i, node in enumerate(found):
             for output, part in zip(node.outputs, ("", ".scale", ".zero_point"), strict=False):
                 output.name = f"{_MARK}{i}{part}"
+
+
+def _to_float8(to: int) -> bool:
+    """Whether the attribute of a Cast is E4M3."""
+    import onnx
+
+    return bool(to == onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def prove(
@@ -69,6 +92,7 @@ def prove(
     trials: Sequence[Sequence[Tensor]],
     *,
     half: bool = False,
+    progress: Progress | None = None,
 ) -> float:
     """Worst SQNR in dB of the file, run operator by operator, against the graph.
 
@@ -78,6 +102,7 @@ def prove(
         lowered: the form of every encoded weight.
         trials: flat inputs to run both on.
         half: the file computes in float16, the graph in float32.
+        progress: told about every trial.
 
     Raises:
         ExportError: an output is complex.
@@ -95,12 +120,15 @@ def prove(
     plain = graph.decoded()
     inexact = any("MatMulNBits" in form.form for form in lowered)
     limit = _HALF_DB if half else _INT8_ACTIVATIONS_DB if inexact else _EXACT_DB
-    ties = (_HALF_STEPS, _HALF_TIES) if half else (_STEPS, _TIES)
+    ties = _HALF if half else _SINGLE
     worst = float("inf")
+    progress = progress or Silent()
+    progress.start(f"proof{' in float16' if half else ''}", len(trials))
     for inputs in trials:
         shapes = ", ".join(str(list(t.shape)) for t in inputs)
+        progress.step(shapes)
         found = dict(zip(session.outputs, session(*inputs), strict=True))
-        codes = {name: found.pop(name) for name in taps}
+        codes = {name.removesuffix(_AS_FLOAT): found.pop(name) for name in taps}
         results = _run_with(plain, inputs, codes, None if inexact else shapes, ties)
         wanted = plain.named(results)
         for name, want in zip(found, wanted, strict=True):
@@ -110,6 +138,7 @@ def prove(
                     fix="return torch.view_as_real(...) of it, or its .real and .imag",
                 )
         worst = min(worst, compare(found, wanted, limit, shapes))
+    progress.finish()
     return worst
 
 
@@ -152,15 +181,30 @@ def _with_taps(path: Path) -> tuple[Path, list[str]]:
     taps = [name for name in made if name.startswith(_MARK)]
     if not taps:
         return path, []
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    codes = {n.output[0]: types.get(n.input[2]) for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    for name in taps:
-        kind = onnx.TensorProto.FLOAT if name.endswith(".scale") else onnx.TensorProto.UINT8
-        kind = codes.get(name) or kind
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    for i, name in enumerate(taps):
+        kind = _type_of(model, name)
+        if _to_float8(kind):  # numpy has no such type
+            kind, taps[i] = onnx.TensorProto.FLOAT, f"{name}{_AS_FLOAT}"
+            model.graph.node.append(onnx.helper.make_node("Cast", [name], [taps[i]], to=kind))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(taps[i], kind, None))
     tapped = path.with_name("tapped.onnx")
     onnx.save(model, tapped)
     return tapped, taps
+
+
+def _type_of(model: Any, name: str) -> int:
+    """Of what a rounding operator gives out: codes, their scale or zero point."""
+    import onnx
+
+    node = next(n for n in model.graph.node if name in n.output)
+    if name.endswith(".scale"):
+        return int(onnx.TensorProto.FLOAT)
+    if node.op_type == "Cast":
+        return next(int(a.i) for a in node.attribute if a.name == "to")
+    if node.op_type == "QuantizeLinear":
+        zero = next(t for t in model.graph.initializer if t.name == node.input[2])
+        return int(zero.data_type)
+    return int(onnx.TensorProto.UINT8)
 
 
 def _roundings(graph: Graph) -> list[fx.Node]:
@@ -172,7 +216,7 @@ def _run_with(
     inputs: Sequence[Tensor],
     codes: dict[str, Tensor],
     shapes: str | None,
-    ties: tuple[float, float],
+    ties: _Ties,
 ) -> list[Any]:
     """`Graph.run`, going on from the file's codes at every rounding; checked unless `shapes` is None."""
     place = {node: i for i, node in enumerate(_roundings(graph))}
@@ -181,19 +225,26 @@ def _run_with(
         mark = f"{_MARK}{place.get(node, -1)}"
         if mark not in codes:
             return own
-        if node.target is DYNAMIC:
+        zero = torch.zeros(())
+        if node.target is FLOAT8:
+            scale = torch.tensor(node.args[1])
+        elif node.target is DYNAMIC:
             scale, zero = codes[f"{mark}.scale"], codes[f"{mark}.zero_point"].float()
         else:
             scale, zero = torch.tensor(node.args[1]), torch.tensor(float(node.args[2]))  # type: ignore[arg-type]
         if codes[mark].dtype == torch.int8:
             zero = zero - 128
         given = (codes[mark].float() - zero) * scale
-        apart = (given - own).abs() / scale
+        step = scale
+        if node.target is FLOAT8:
+            finer = float8_steps(torch.minimum(given.abs(), own.abs()) / scale)
+            step = scale * finer.clamp(min=ties.finest * LARGEST)
+        apart = (given - own).abs() / step
         others = float((apart > 0.5).double().mean())
-        if shapes is not None and (bool((apart > ties[0]).any()) or others > ties[1]):
+        if shapes is not None and (bool((apart > ties.steps).any()) or others > ties.share):
             raise VerificationError(
                 f"at inputs {shapes} the file rounds {node.args[0]} to other codes than the graph",
-                expected=f"the same but for ties (at most {ties[1]:.0%}); nothing was written",
+                expected=f"the same but for ties (at most {ties.share:.0%}); nothing was written",
             )
         return given
 

@@ -25,7 +25,9 @@ class Profile:
 
     def shapes(self, spec: InputSpec) -> tuple[Shape, Shape, Shape]:
         """Smallest, usual and largest shape of an input."""
-        return spec.sized(self.min), spec.sized(self.opt), spec.sized(self.max)
+        # `profile_of` lets nothing but the past of a cache be empty
+        low, mid, high = (spec.sized(sizes, least=0) for sizes in (self.min, self.opt, self.max))
+        return low, mid, high
 
     def allows(self, sizes: dict[str, int]) -> bool:
         """Whether an engine of this profile takes inputs of these sizes."""

@@ -5,6 +5,7 @@ The class `Engine` has never been run: it was written where there is no GPU that
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ class StandIn(Session):
     """
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
-        super().__init__(source_of(path), threads=threads, exact=True)
+        # not above: onnx_ir is not there where only the table of exporters is asked
+        from compress.exporters.tensorrt_plugin_nodes import runnable
+
+        with tempfile.TemporaryDirectory(prefix="compress-trt-") as folder:
+            super().__init__(runnable(source_of(path), Path(folder)), threads=threads, exact=True)
         self.stands_in = (
             "The engine was not run, for there is no GPU for it here: figures of fidelity are those of the "
             "ONNX file it was built from, in ONNX Runtime, and there are no timings"

@@ -1,4 +1,4 @@
-"""Encoded weights in ONNX for TensorRT: signed integers, scales, DequantizeLinear.
+"""Encoded weights in ONNX for TensorRT: signed integers or floats of 8 bits, scales, DequantizeLinear.
 
 ========================== ======================================== =======================================
 weight                     form in the ONNX file                    what TensorRT-RTX makes of it
@@ -11,9 +11,12 @@ embedding                  either -> Gather                         packed; one 
                                                                     rows looked up
 linear, 8 bits, groups     INT8 -> DequantizeLinear (axis 1,        packed; decoded on every call by a
                            blocks) -> the product                   layer of its own
+float8                     FLOAT8E4M3FN -> DequantizeLinear (axis   as 8 bits, whole rows
+                           0) -> the product or Gather
 convolution                either (-> Reshape) -> Conv              the same
-convolution, 8-bit input   INT8 -> DequantizeLinear (axis 0) ->     an integer convolution
-                           Conv
+linear or convolution,     INT8 or FLOAT8E4M3FN ->                  a product or convolution of 8 bits
+8-bit input                DequantizeLinear (axis 0) -> the
+                           product or Conv
 codebook, bitmap, cores    a float weight, decoded at export        a float weight
 ========================== ======================================== =======================================
 
@@ -22,11 +25,10 @@ product, and an even number of outputs, but no whole rows; 8-bit weights by the 
 rows with one scale are cut into blocks, and blocks that do not divide a row into the largest ones that do,
 with the scales
 repeated: the same weight, bit for bit. Where less than `_SMALLEST` divides both, the weight is written as
-    floats.
+floats.
 
 Scales of 8-bit weights must be positive. Codes of a group with a negative one change their sign with it,
-where -128
-becomes 127: `only_integers` says of which weights that is true.
+where -128 becomes 127: `only_packed` says of which weights that is true.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ import torch
 
 from compress.artifact import Lowered
 from compress.encoding import EncodedWeight, encode
+from compress.exporters.onnx_float8 import numbers
 from compress.exporters.onnx_weights import Builder, Use, placeholders
+from compress.float8 import Float8Weight
 from compress.graph import Graph
 
 _SMALLEST = 8
@@ -52,7 +56,7 @@ _DECODED = ("MatMul", "Gemm", "Gather", "Conv")
 """Readers of a weight that TensorRT takes DequantizeLinear in front of."""
 
 
-def only_integers(graph: Graph) -> tuple[Graph, list[Lowered], dict[str, str]]:
+def only_packed(graph: Graph) -> tuple[Graph, list[Lowered], dict[str, str]]:
     """The graph with no encodings but those TensorRT has.
 
     Returns:
@@ -61,6 +65,8 @@ def only_integers(graph: Graph) -> tuple[Graph, list[Lowered], dict[str, str]]:
     """
     graph, lowered, notes = graph.copy(), [], {}
     for name, encoded in list(graph.encodings.items()):
+        if isinstance(encoded, Float8Weight):
+            continue
         if not isinstance(encoded, EncodedWeight):
             graph.set_weight(name, encoded.decode())
             reason = f"TensorRT has no form of {encoded.encoding}"
@@ -87,34 +93,41 @@ def _positive(encoded: EncodedWeight) -> tuple[torch.Tensor, int]:
     return turned.clamp(max=127), int((turned > 127).sum())
 
 
-def lower_integers(model: ir.Model, graph: Graph, notes: Mapping[str, str]) -> list[Lowered]:
-    """Replace the placeholders of integer weights, graph inputs by name, by the forms above.
+def lower_packed(model: ir.Model, graph: Graph, notes: Mapping[str, str]) -> list[Lowered]:
+    """Replace the placeholders of packed weights, graph inputs by name, by the forms above.
 
     Args:
         model: rewritten in place.
-        graph, notes: of `only_integers`; all encodings are symmetric, of 4 or 8 bits, and float32.
+        graph, notes: of `only_packed`; all integers are of 4 or 8 bits, and all weights float32.
     """
     builder = Builder(model)
-    integers = {name: e for name, e in graph.encodings.items() if isinstance(e, EncodedWeight)}
+    packed = {n: e for n, e in graph.encodings.items() if isinstance(e, EncodedWeight | Float8Weight)}
     lowered = []
-    for name, value, uses in placeholders(model, integers):
-        encoded, before = integers[name], next(iter(value.uses())).node
+    for name, value, uses in placeholders(model, packed):
+        encoded, before = packed[name], next(iter(value.uses())).node
         reason = _why_not(encoded, uses)
         if reason:
             plain = builder.initializer(f"{name}.values", encoded.decode().contiguous().numpy())
             value.replace_all_uses_with(plain)
             lowered.append(Lowered(name, "float", "decoded at export", reason=reason))
             continue
-        result, form = _decoder(builder, before, name, encoded, wide=any(map(_rounded, uses)))
+        if isinstance(encoded, Float8Weight):
+            result, form = _floats(builder, before, name, encoded)
+        else:
+            result, form = _decoder(builder, before, name, encoded, wide=any(map(_rounded, uses)))
         value.replace_all_uses_with(result)
         lowered.append(Lowered(name, form, "", (f"{name}/decode",), notes.get(name, "")))
     return lowered
 
 
-def _why_not(encoded: EncodedWeight, uses: list[Use]) -> str:
+def _why_not(encoded: EncodedWeight | Float8Weight, uses: list[Use]) -> str:
+    if isinstance(encoded, EncodedWeight) and not encoded.encoding.symmetric:
+        return "it has zero points, and no plugin takes it"
     others = sorted({node.op_type for _, node, _ in uses} - set(_DECODED))
     if others:
         return f"read by {', '.join(others)}"
+    if isinstance(encoded, Float8Weight):
+        return ""
     block = _block(encoded)
     if block < _SMALLEST:
         return (
@@ -144,6 +157,15 @@ def _rounded(use: Use) -> bool:
     other = node.inputs[1 - index] if kind != "embedding" and node.op_type != "Gather" else None
     source = None if other is None else other.producer()
     return source is not None and source.op_type == "DequantizeLinear"
+
+
+def _floats(builder: Builder, before: ir.Node, name: str, encoded: Float8Weight) -> tuple[ir.Value, str]:
+    """The decoded weight, and the form for the report."""
+    codes = builder.initializer(f"{name}.codes", numbers(encoded))
+    scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
+    result = builder.node(before, "DequantizeLinear", [codes, scales], f"{name}/decode", axis=0)
+    result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(encoded.shape)
+    return result, "DequantizeLinear(FLOAT8E4M3FN)"
 
 
 def _decoder(

@@ -25,20 +25,31 @@ from compress.exporters.onnx_half import to_float16
 from compress.exporters.ort import runtime
 from compress.exporters.proof import prove
 from compress.exporters.publish import check_writable, publish, temporary
-from compress.exporters.tensorrt_engine import Built, build, builds_for_others, packed_in, tensorrt, version
+from compress.exporters.tensorrt_engine import (
+    Built,
+    build,
+    builds_for_others,
+    packed_in,
+    tensorrt,
+    version,
+    weight_bytes,
+)
+from compress.exporters.tensorrt_plugins import plugins_for, register, sparse_works
 from compress.exporters.tensorrt_profiles import Profile, parse_sizes, profile_of
 from compress.exporters.tensorrt_run import Engine, StandIn, source_of
 from compress.exporters.tensorrt_support import parse_gpus, reasons_of_graph, reasons_of_passes, too_old
 from compress.exporters.to_onnx import add_metadata, as_text, assemble, save
 from compress.graph import Graph
 from compress.pipeline import Pass, example_inputs, shapes_to_try
+from compress.progress import Progress, Silent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Precision = Literal["float32", "float16"]
 
-_PACKED = {"INT4": "Int4", "INT8": "Int8"}
+_PACKED = {"INT4": "Int4", "INT8": "Int8", "FLOAT8E4M3FN": "FP8"}
+"""Type in the ONNX file -> in the list of layers."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class TensorRTExporter:
 
     def unsuitable(self, passes: Sequence[Pass]) -> list[str]:
         """See `compress.exporters.exporter.Exporter.unsuitable`."""
-        return reasons_of_passes(passes, self._gpus())
+        return reasons_of_passes(passes, self._gpus(), plugins=self._plugins() is not None)
 
     def unsupported(self, graph: Graph) -> list[str]:
         """Reasons why this graph cannot be written; empty if none is known.
@@ -97,7 +108,7 @@ class TensorRTExporter:
             InputSpecError: the given sizes do not fit its inputs.
         """
         self._profile(graph)
-        return reasons_of_graph(graph, self._gpus())
+        return reasons_of_graph(graph, self._gpus(), plugins=self._plugins() is not None)
 
     def export(
         self,
@@ -108,6 +119,7 @@ class TensorRTExporter:
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
         decode: Literal["run", "load"] = "run",
+        progress: Progress | None = None,
     ) -> Artifact:
         """Write, prove, build, rename; see `compress.exporters.exporter.Exporter.export`."""
         path = Path(path)
@@ -117,15 +129,18 @@ class TensorRTExporter:
             reasons.append("an engine has no weights that are decoded when it is loaded: decode is run")
         if reasons:
             raise ExportError("; ".join(reasons))
+        progress = progress or Silent()
         with temporary(path) as folder:
             source, engine = folder / source_of(path).name, folder / path.name
             trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
-            written, lowered, worst = self._write(graph, source, metadata or {}, [*trials, *samples])
-            built = self._build(graph, source)
+            written, lowered, worst = self._write(
+                graph, source, metadata or {}, [*trials, *samples], progress
+            )
+            built = self._build(graph, source, progress)
             engine.write_bytes(built.data)
             artifact = Artifact(
                 engine, self.target, graph, len(built.data), tuple(_as_built(lowered, source, built.layers)),
-                worst, self._built_for(graph), built.layers,
+                worst, self._built_for(graph, built), built.layers,
             )  # fmt: skip
             if results is not None:
                 add_metadata(source, {"results": results(artifact)})
@@ -134,14 +149,16 @@ class TensorRTExporter:
 
     def open(self, path: Path, *, threads: int = 1) -> Running:
         """See `compress.exporters.exporter.Exporter.open`: on the GPU, if there is one for it."""
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9:
+        if not torch.cuda.is_available():
             return StandIn(path, threads=threads)
+        if builds_for_others() and torch.cuda.get_device_capability()[0] == 9:
+            return StandIn(path, threads=threads)  # TensorRT-RTX is not for Hopper
         return Engine(path)
 
     def write_float(self, graph: Graph, path: Path) -> None:
         """See `compress.exporters.exporter.Exporter.write_float`."""
-        self._write(graph, source_of(path), {}, [])
-        path.write_bytes(self._build(graph, source_of(path)).data)
+        self._write(graph, source_of(path), {}, [], Silent())
+        path.write_bytes(self._build(graph, source_of(path), Silent()).data)
 
     def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
         """See `compress.exporters.exporter.Exporter.decoded_on_every_call`."""
@@ -154,12 +171,15 @@ class TensorRTExporter:
         given = [parse_sizes(name, getattr(self, name)) for name in ("min", "opt", "max")]
         return profile_of(graph.inputs, *given)
 
-    def _built_for(self, graph: Graph) -> dict[str, str]:
+    def _built_for(self, graph: Graph, built: Built) -> dict[str, str]:
+        held = weight_bytes(built.layers)
+        split = f"{held:,} of weights, {len(built.data) - held:,} of compiled kernels"
         return {
             "GPUs": ", ".join(f"sm{n}" for n in self._gpus()) if builds_for_others() else "this machine's",
             "precision": self.precision,
             "sizes": str(self._profile(graph)) or "fixed",
             "builder": version(),
+            "bytes": split if built.layers else f"{len(built.data):,}",
         }
 
     def _write(
@@ -168,25 +188,44 @@ class TensorRTExporter:
         path: Path,
         metadata: Mapping[str, Any],
         trials: Sequence[Sequence[Tensor]],
+        progress: Progress,
     ) -> tuple[list[Path], list[Lowered], float]:
         """The ONNX file, proven: its files, the form of every weight, the worst SQNR in dB."""
         # not above: onnx_ir is not there where only the table of exporters is asked
-        from compress.exporters.tensorrt_weights import lower_integers, only_integers
+        from compress.exporters.tensorrt_plugin_nodes import lower_plugins, runnable
+        from compress.exporters.tensorrt_weights import lower_packed, only_packed
 
-        integers, lowered, notes = only_integers(graph)
-        model, forms = assemble(integers, lambda model: lower_integers(model, integers, notes), signed=True)
+        packed, lowered, notes = only_packed(graph)
+        gpu = self._plugins()
+
+        def lower(model: ir.Model) -> list[Lowered]:
+            found = [] if gpu is None else lower_plugins(model, packed, gpu, sparse=sparse_works())
+            return found + lower_packed(model, packed, notes)
+
+        model, forms = assemble(packed, lower, signed=True)
         model.metadata_props.update(as_text(metadata))
         written = save(model, path)
-        worst = prove(path, integers, forms, trials) if trials else math.inf
+        worst = (
+            prove(runnable(path, path.parent), packed, forms, trials, progress=progress)
+            if trials
+            else math.inf
+        )
         if self.precision == "float16":
             _cast(model)
             written = save(model, path)
-            worst = prove(path, integers, forms, trials, half=True) if trials else math.inf
+            twin = runnable(path, path.parent) if trials else path
+            worst = prove(twin, packed, forms, trials, half=True, progress=progress) if trials else math.inf
         return written, lowered + forms, worst
 
-    def _build(self, graph: Graph, source: Path) -> Built:
+    def _plugins(self) -> int | None:
+        """The compute capability that plugins are compiled for, if there are any: they compute in 16 bits."""
+        return plugins_for() if self.precision == "float16" else None
+
+    def _build(self, graph: Graph, source: Path, progress: Progress) -> Built:
         profile = self._profile(graph)
-        return build(source, {str(s.name): profile.shapes(s) for s in graph.inputs}, self._gpus())
+        if self._plugins() is not None:
+            register()
+        return build(source, {str(s.name): profile.shapes(s) for s in graph.inputs}, self._gpus(), progress)
 
 
 def _cast(model: ir.Model) -> None:
@@ -204,7 +243,7 @@ def _as_built(lowered: Sequence[Lowered], source: Path, layers: Sequence[BuiltLa
     """What the builder made of every weight.
 
     Raises:
-        VerificationError: integers did not stay packed.
+        VerificationError: a weight did not stay packed.
     """
     import onnx
 

@@ -14,6 +14,7 @@ from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.prune_random import PruneRandom
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
+from compress.passes.quantize_fp8 import QuantizeFP8
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.recover import Recover
 from compress.passes.screen_logits import ScreenLogits
@@ -34,6 +35,7 @@ PASSES: dict[str, type[Pass]] = {
     "prune_random": PruneRandom,
     "quantize_activations": QuantizeActivations,
     "quantize_codebook": QuantizeCodebook,
+    "quantize_fp8": QuantizeFP8,
     "quantize_weights": QuantizeWeights,
     "recover": Recover,
     "screen_logits": ScreenLogits,

@@ -115,6 +115,9 @@ class MixedPrecision(Pass):
             raise ValueError("search: policy knows sizes only; leave max_latency out")
         return self
 
+    def leaves(self) -> Sequence[object]:
+        return [found for found in map(parse_format, self.formats) if found is not None]
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         notes: list[Note] = []
         problem = self.problem(graph, context, notes)

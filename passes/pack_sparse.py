@@ -8,6 +8,7 @@ their zeros in a few bits already and are left as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,9 @@ class PackSparse(Pass):
     targets: tuple[str, ...] = Field(
         ("linear", "conv", "embedding"), description="kinds, paths, globs or re: patterns"
     )
+
+    def leaves(self) -> Sequence[object]:
+        return (BitmapEncoding(),)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         changes: list[Change] = []

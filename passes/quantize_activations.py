@@ -1,9 +1,10 @@
 """Activation quantization: 8-bit activations times 8- or 4-bit weights (W8A8, W4A8), for integer kernels.
 
 *Dynamic*, for linear layers: the input is rounded to uint8 over the range of each call, as ONNX
-``DynamicQuantizeLinear`` defines it, so no range is ever wrong. *Static*, for convolutions: ranges come from
-calibration (`compress.passes.solvers.ranges`), and values are rounded wherever that lets the runtime stay in
-integers (`compress.regions`).
+``DynamicQuantizeLinear`` defines it, so no range is ever wrong. *Static*, for convolutions and, where it is
+asked for, for linear layers: ranges come from calibration (`compress.passes.solvers.ranges`). Around
+convolutions values are rounded wherever that lets the runtime stay in integers (`compress.regions`), in front
+of linear layers the input is.
 
 Weights have one scale for each row. Those of 8 bits never overflow the 16-bit accumulators of processors
 without VNNI (`compress.passes.solvers.saturation`); those of 4 bits cannot, and are solved as in
@@ -15,15 +16,15 @@ A layer that loses too much by the rounding of its input keeps float activations
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from compress.activations import DYNAMIC, STATIC, Grid, summation_order
+from compress.activations import DYNAMIC, STATIC, Grid, Rounding, summation_order
 from compress.calibration import Statistics, Update
 from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
@@ -36,7 +37,8 @@ from compress.regions import find_regions, settled
 
 W8A8, W4A8 = IntEncoding(8, -1), IntEncoding(4, -1)
 WEIGHT_ONLY = {"linear": IntEncoding(8, 128), "embedding": IntEncoding(8, 128), "conv": IntEncoding(8, -1)}
-"""What a layer gets that keeps float activations."""
+"""What a layer gets that keeps float activations. With static activations it is whole rows: these are what
+TensorRT decodes as it multiplies."""
 
 FASTER_FROM = 1 << 16
 """Weights of a linear layer from which integers are faster than float in ONNX Runtime, also at one row:
@@ -55,7 +57,8 @@ class QuantizeActivations(Pass):
     )
     activations: Literal["auto", "static", "dynamic", "none"] = Field(
         "auto",
-        description="static: convolutions; dynamic: linear layers; auto: both where faster; none",
+        description="static: on calibrated ranges; dynamic: linear layers, on those of each call; auto: "
+        "convolutions static and linear layers dynamic, where that is faster; none",
     )
     weight_bits: Literal[4, 8] = Field(
         8, description="bits of weights that meet rounded activations; 4 is half the size at the same speed"
@@ -68,10 +71,20 @@ class QuantizeActivations(Pass):
         description="relative error from rounding its input above which a layer gets 8-bit weights only",
     )
 
+    def leaves(self) -> Sequence[object]:
+        rounded = {
+            "auto": (Rounding(static=False), Rounding(static=True, symmetric=self.symmetric)),
+            "static": (Rounding(static=True, symmetric=self.symmetric),),
+            "dynamic": (Rounding(static=False),),
+            "none": (),
+        }[self.activations]
+        weights = {*map(self._weight_only, WEIGHT_ONLY), W8A8 if self.weight_bits == 8 else W4A8}
+        return (*sorted(weights, key=str), *rounded)
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph = graph.copy()
         notes: list[Note] = []
-        sites = _unencoded(graph, self.select(graph), notes)
+        sites = self._unencoded(graph, notes)
         dynamic = self._dynamic(graph, sites, context, notes)
         static = self._static(graph, sites, context, notes)
         round_inputs(graph, dynamic)
@@ -80,7 +93,7 @@ class QuantizeActivations(Pass):
 
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update:
             if site.weight not in forms:
-                return quantizer.update(site, weight, statistics, WEIGHT_ONLY[site.kind])
+                return quantizer.update(site, weight, statistics, self._weight_only(site.kind))
             action = f", activations {forms[site.weight]}"
             if self.weight_bits == 4:  # products of so small codes never overflow
                 update = quantizer.update(site, weight, statistics, W4A8, action)
@@ -93,26 +106,31 @@ class QuantizeActivations(Pass):
         result = context.sweep(graph, sites, visit, quantizer.needs)
         return PassResult(result, tuple(quantizer.changes), (*notes, *quantizer.notes))
 
+    def _weight_only(self, kind: str) -> IntEncoding:
+        return W8A8 if self.activations == "static" else WEIGHT_ONLY[kind]
+
     def _dynamic(self, graph: Graph, sites: list[Site], context: Context, notes: list[Note]) -> list[Site]:
         """Linear layers whose input is rounded on every call: those whose output survives it, measured."""
         if self.activations not in ("auto", "dynamic"):
             return []
-        found = [s for s in _eligible(graph, sites) if s.kind == "linear"]
+        found = [s for s in eligible(graph, sites) if s.kind == "linear"]
         if self.activations == "auto":
             found = [s for s in found if graph.tensors[s.weight].numel() >= FASTER_FROM]
         if context.calibration is None or not found:
             return found
-        noises = {_source(graph, s).name: _Noise() for s in found}
+        noises = {source_of(graph, s).name: _Noise() for s in found}
         observe(graph, context.calibration.inputs(), {name: [n] for name, n in noises.items()})
-        errors = {s: noises[_source(graph, s).name].of_output(graph.tensors[s.weight]) for s in found}
+        errors = {s: noises[source_of(graph, s).name].of_output(graph.tensors[s.weight]) for s in found}
         return self._bearable(errors, notes)
 
     def _static(self, graph: Graph, sites: list[Site], context: Context, notes: list[Note]) -> list[Site]:
-        """Convolutions to run in integers; puts the roundings around them into the graph."""
+        """Layers on calibrated ranges; puts the roundings around them into the graph."""
         if self.activations not in ("auto", "static"):
             return []
-        found = []
-        for site in _eligible(graph, sites):
+        eligible_sites = eligible(graph, sites)
+        linear = [s for s in eligible_sites if s.kind == "linear" and self.activations == "static"]
+        convs = []
+        for site in eligible_sites:
             if site.kind == "conv":
                 node = graph.node(site.node)
                 if node.target not in _CONV2D:
@@ -120,30 +138,57 @@ class QuantizeActivations(Pass):
                 elif any(user.op == "output" for user in settled(node).users):
                     notes.append(Note(site.name, "weights only: its output is one of the model's"))
                 else:
-                    found.append(site)
+                    convs.append(site)
+        found = [*convs, *linear]
         if found and context.calibration is None:
             reason = "weights only: the ranges of activations need calibration data"
             notes += [Note(s.name, reason) for s in found]
             return []
         if not found:
             return []
-        values = find_regions(graph.ops, [graph.node(s.node) for s in found]).rounded
-        seen = {node.name: Histogram() for node in values}
+        values = {node.name for node in find_regions(graph.ops, [graph.node(s.node) for s in convs]).rounded}
+        seen = {name: Histogram() for name in (*sorted(values), *(source_of(graph, s).name for s in linear))}
         observe(graph, _batches(context) or (), {name: [h] for name, h in seen.items()})
         grids = {
             name: choose_grid(h.centers, h.counts, h.low, h.high, self.ranges, symmetric=self.symmetric)
             for name, h in seen.items()
         }
-        errors = {s: _relative(seen[_source(graph, s).name], grids[_source(graph, s).name]) for s in found}
+        errors = {
+            s: _relative(seen[source_of(graph, s).name], grids[source_of(graph, s).name]) for s in found
+        }
         kept = self._bearable(errors, notes)
-        regions = find_regions(graph.ops, [graph.node(s.node) for s in kept])
+        regions = find_regions(graph.ops, [graph.node(s.node) for s in kept if s.kind == "conv"])
         for node in regions.rounded:
             root = node
             while root in regions.same_as:
                 root = regions.same_as[root]
             round_value(graph, node, grids[root.name])
+        # what is rounded for a convolution is so for a linear layer as well
+        left = [s for s in kept if s.kind == "linear" and source_of(graph, s).target is not STATIC]
+        round_inputs(graph, left, STATIC, {name: (g.scale, g.zero_point) for name, g in grids.items()})
         _keep_float(graph, {s.node for s in kept})
         return kept
+
+    def _unencoded(self, graph: Graph, notes: list[Note]) -> list[Site]:
+        """The sites whose weight gains from 8 bits at all; a weight declined at one site is declined."""
+        sites = self.select(graph)
+        reasons = {s.weight: (s, reason) for s in sites if (reason := self._declined(graph, s))}
+        notes += [Note(site.name, reason) for site, reason in reasons.values()]
+        return [s for s in sites if s.weight not in reasons]
+
+    def _declined(self, graph: Graph, site: Site) -> str | None:
+        if site.weight in graph.encodings:
+            return f"already {graph.encodings[site.weight].encoding}"
+        weight, encoding = graph.tensors[site.weight], self._weight_only(site.kind)
+        rows, columns = weight.shape[0], weight[0].numel()
+        saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
+        if not weight.is_floating_point():
+            return f"{weight.dtype} is not a floating-point weight"
+        if saved < WORTH_IT and site.kind != "conv":
+            return f"only {max(saved, 0)} bytes to save; left as it is"
+        if site.kind == "embedding" and columns % encoding.width(columns):
+            return f"{columns} columns are no multiple of {encoding.width(columns)}; left as it is"
+        return None
 
     def _bearable(self, errors: dict[Site, float], notes: list[Note]) -> list[Site]:
         kept = []
@@ -179,7 +224,7 @@ def w8a8(weight: Tensor, statistics: Statistics | None, *, groups: int = 1) -> E
 def _on_integers(graph: Graph, site: Site, update: Update) -> Tensor | None:
     """The shift that makes the bias an int32 in steps of the product's scale, as QLinearConv adds it, so that
     file and graph agree: left in between, it moved one code in 2,000 (ResNet-20, measured)."""
-    source, shift, encoded = _source(graph, site), update.bias, update.weight
+    source, shift, encoded = source_of(graph, site), update.bias, update.weight
     assert isinstance(encoded, EncodedWeight)
     name = graph.bias(site)
     if source.target is not STATIC or not graph.owns_bias(site) or (name is None and shift is None):
@@ -209,14 +254,27 @@ class _Noise:
         return float((columns * self.noise).sum() / total) ** 0.5 if total > 0 else 0.0
 
 
-def round_inputs(graph: Graph, sites: list[Site]) -> None:
-    """Put one dynamic rounding in front of the layers that read a value, in place."""
+def round_inputs(
+    graph: Graph,
+    sites: Sequence[Site],
+    rounding: torch._ops.OpOverload = DYNAMIC,
+    arguments: Mapping[str, tuple[Any, ...]] | None = None,
+) -> None:
+    """Put one rounding in front of the layers that read a value, in place; others read it unrounded.
+
+    Args:
+        graph: what to change.
+        sites: linear layers and convolutions.
+        rounding: one of `compress.activations.QUANTIZERS`.
+        arguments: of the rounding, by the name of the value's node.
+    """
     made: dict[fx.Node, fx.Node] = {}
     for site in sites:
-        node, source = graph.node(site.node), _source(graph, site)
+        node, source = graph.node(site.node), source_of(graph, site)
         if source not in made:
             with graph.ops.inserting_before(node):
-                made[source] = graph.ops.call_function(DYNAMIC, (source,))
+                more = () if arguments is None else arguments[source.name]
+                made[source] = graph.ops.call_function(rounding, (source, *more))
         node.replace_input_with(source, made[source])
 
 
@@ -242,38 +300,17 @@ def _keep_float(graph: Graph, integer: set[str]) -> None:
             node.replace_input_with(source, source.args[0])
 
 
-def _source(graph: Graph, site: Site) -> fx.Node:
+def source_of(graph: Graph, site: Site) -> fx.Node:
+    """What a linear layer or convolution reads."""
     source = graph.node(site.node).args[0]
     assert isinstance(source, fx.Node)
     return source
 
 
-def _eligible(graph: Graph, sites: list[Site]) -> list[Site]:
+def eligible(graph: Graph, sites: Sequence[Site]) -> list[Site]:
     """Those that compute in float32 and whose weight nothing else reads."""
     unshared = graph.unshared()
     return [s for s in sites if s.weight in unshared and graph.tensors[s.weight].dtype == torch.float32]
-
-
-def _unencoded(graph: Graph, sites: list[Site], notes: list[Note]) -> list[Site]:
-    """The sites whose weight gains from 8 bits at all; a weight declined at one site is declined."""
-    reasons = {s.weight: (s, reason) for s in sites if (reason := _declined(graph, s))}
-    notes += [Note(site.name, reason) for site, reason in reasons.values()]
-    return [s for s in sites if s.weight not in reasons]
-
-
-def _declined(graph: Graph, site: Site) -> str | None:
-    if site.weight in graph.encodings:
-        return f"already {graph.encodings[site.weight].encoding}"
-    weight, encoding = graph.tensors[site.weight], WEIGHT_ONLY[site.kind]
-    rows, columns = weight.shape[0], weight[0].numel()
-    saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
-    if not weight.is_floating_point():
-        return f"{weight.dtype} is not a floating-point weight"
-    if saved < WORTH_IT and site.kind != "conv":
-        return f"only {max(saved, 0)} bytes to save; left as it is"
-    if site.kind == "embedding" and columns % encoding.width(columns):
-        return f"{columns} columns are no multiple of {encoding.width(columns)}; left as it is"
-    return None
 
 
 def _batches(context: Context) -> Iterable[Sequence[Tensor]] | None:

@@ -12,6 +12,7 @@ width and run at the speed of float. Prefer `quantize_weights` where speed at ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -53,13 +54,21 @@ class QuantizeCodebook(Pass):
     @model_validator(mode="after")
     def _exists(self) -> QuantizeCodebook:
         try:
-            CodebookEncoding(self.table, self.bits, self.group_size)
+            _ = self.encoding
         except PassError as error:
             raise ValueError(str(error)) from error  # what pydantic reports as a bad recipe
         return self
 
+    @property
+    def encoding(self) -> CodebookEncoding:
+        """What weights are stored as."""
+        return CodebookEncoding(self.table, self.bits, self.group_size)
+
+    def leaves(self) -> Sequence[object]:
+        return (self.encoding,)
+
     def run(self, graph: Graph, context: Context) -> PassResult:
-        encoding = CodebookEncoding(self.table, self.bits, self.group_size)
+        encoding = self.encoding
         changes: list[Change] = []
         notes: list[Note] = []
 

@@ -11,6 +11,7 @@ that is the minimiser of the output error over codes and bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -55,13 +56,21 @@ class QuantizeWeights(Pass):
         description="let the bias take the mean of the error, given calibration data; adds a missing bias",
     )
 
-    def run(self, graph: Graph, context: Context) -> PassResult:
-        encoding = IntEncoding(
+    @property
+    def encoding(self) -> IntEncoding:
+        """What weights are stored as."""
+        return IntEncoding(
             4 if self.bits == 3 else self.bits,
             self.group_size,
             self.symmetric,
             grid_bits=3 if self.bits == 3 else None,
         )
+
+    def leaves(self) -> Sequence[object]:
+        return (self.encoding,)
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        encoding = self.encoding
         notes: list[Note] = []
         quantizer = Quantizer(graph, self.scales, self.method, self.bias_correction)
 
@@ -135,7 +144,7 @@ class Quantizer:
     ) -> Update:
         """The encoded weight, and what its bias takes over; `more` is for the report's row."""
         if self._bias_correction and statistics is not None:
-            if site in self._correctable:
+            if self.corrects(site):
                 statistics = statistics.centred
             else:
                 reason = "its bias cannot be corrected for it alone; it or the weight is shared"
@@ -147,11 +156,15 @@ class Quantizer:
         self.changes.append(change(site, found.target, encoded, statistics, more))
         return Update(encoded, self.shift(site, weight, encoded, statistics))
 
+    def corrects(self, site: Site) -> bool:
+        """Whether the bias of a site can take up what its weight loses."""
+        return site in self._correctable
+
     def shift(
         self, site: Site, weight: Tensor, encoded: Encoded, statistics: Statistics | None
     ) -> Tensor | None:
         """`mean_shift`, where the bias can be corrected."""
-        if statistics is None or site not in self._correctable:
+        if statistics is None or not self.corrects(site):
             return None
         return mean_shift(weight, encoded.decode(), statistics)
 

@@ -13,26 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_serializer
+from pydantic import Field, field_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from compress.augmentation import Augmentation
 from compress.calibration import output_error
 from compress.errors import CalibrationError
 from compress.graph import Graph, Site
+from compress.losses import Loss, kl_loss, label_loss, mse_loss
 from compress.pipeline import Change, Context, Note, Pass, PassResult
 from compress.sensitivity import logits
 from compress.training import (
-    Augmentation,
     BatchNorm,
     Fitted,
-    Loss,
     Optimizer,
     Plan,
     Trainee,
     fit,
-    kl_loss,
-    label_loss,
-    mse_loss,
     running_statistics,
     trainable,
     trained_part,
@@ -60,7 +57,15 @@ class Recover(Pass):
     learning_rate: float = Field(1e-3, gt=0, description="at the start; falls to zero along a cosine")
     optimizer: Optimizer = Field("adam", description="adam, or sgd with Nesterov momentum 0.9")
     augment: tuple[Augmentation, ...] = Field(
-        (), description="crop: images are moved by up to an eighth, flip: mirrored, by chance"
+        (),
+        description="changes of images, by chance: crop: moved by up to an eighth; flip: mirrored; "
+        "color: contrast and brightness of each channel; cutmix: a part is another image's",
+    )
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        description="weight in the loss of hidden values: squared errors of what activation functions and "
+        "layer normalisations give, over its variance. Each sample teaches more than by its outputs alone",
     )
 
     batch_norm: BatchNorm = Field(
@@ -68,6 +73,12 @@ class Recover(Pass):
         description="train: where it has not been folded yet, use the statistics of each batch and update "
         "the running ones",
     )
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Recover:
+        if self.loss == "labels" and "cutmix" in self.augment:
+            raise ValueError("augment: cutmix puts parts of two images into one, which has no label")
+        return self
 
     @field_serializer("loss")
     def _named(self, loss: Any) -> str:
@@ -105,6 +116,7 @@ class Recover(Pass):
             self.augment,
             self.batch_norm,
             context.seed,
+            self.hidden,
         )
         names = trainable(graph, self.select(graph))
         return fit(

@@ -67,6 +67,8 @@ def screened_logits(builder: HeadBuilder, found: LogitCodes, candidates: int) ->
     coarse = coded_logits(builder, found)
     first = builder.call(_aten.topk.default, coarse, candidates, -1, True, False)
     chosen = builder.call(operator.getitem, first, 1)
+    if "rank" in builder.layer.meta:
+        chosen.meta["rank"] = builder.layer.meta["rank"]  # known, so that rows can stay packed
     weight = builder.layer.args[1]
     rows = builder.call(_aten.embedding.default, weight, chosen, layer="candidates")  # [.., N, columns]
     column = builder.call(_aten.unsqueeze.default, builder.hidden, -1)

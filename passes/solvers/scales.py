@@ -139,6 +139,12 @@ def _symmetric(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
     zero = torch.full_like(extreme, encoding.zero)
+    if (
+        encoding.levels > 128
+    ):  # the one code more below zero is worth nothing, and TensorRT wants positive scales
+        for ratio in ratios:
+            yield extreme.abs() * ratio / (encoding.highest - encoding.zero), zero
+        return
     for ratio in ratios:
         yield extreme * ratio / (encoding.lowest - encoding.zero), zero
         yield extreme * ratio / (encoding.highest - encoding.zero), zero

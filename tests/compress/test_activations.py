@@ -78,3 +78,9 @@ def test_kernels_sum_channels_last() -> None:
     expected = weight.permute(0, 2, 3, 1).flatten(1)
     assert torch.equal(weight.flatten(1)[:, summation_order(weight.shape)], expected)
     assert torch.equal(summation_order((4, 9)), torch.arange(9))
+
+
+def test_operators_pass_torch_opcheck() -> None:
+    x = noise((3, 5), 0, 0.5)
+    torch.library.opcheck(STATIC, (x, 0.1, 7))
+    torch.library.opcheck(DYNAMIC, (x,))

@@ -1,6 +1,9 @@
-"""Gradients of encoded weights against slow ones, augmentation, samples, and the shape of a run."""
+"""Gradients of encoded weights against slow ones, samples, and the shape of a run."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import compress
+from compress import training
 from compress.activations import Grid, fake_quantize, fake_quantize_dynamic
 from compress.codebook import CodebookEncoding, encode_codebook
 from compress.data import load_calibration
 from compress.encoding import Encoded, IntEncoding, encode
-from compress.errors import PassError
+from compress.losses import kl_loss, mse_loss
 from compress.testing import MODELS, assert_close, make
-from compress.training import Plan, Samples, Trainee, augmented, fit, mse_loss, running_statistics, trainable
+from compress.training import BatchNorm, Plan, Samples, Trainee, fit, running_statistics, trainable
 
 
 def encoded(kind: str, rows: int, columns: int, group: int, bits: int, seed: int) -> Encoded:
@@ -114,30 +118,6 @@ def test_masks_hold_after_every_step_of_every_optimizer() -> None:
         more = mask | (torch.arange(mask.shape[1]) % 3 == 0)
 
 
-@settings(max_examples=15)
-@given(st.integers(1, 4), st.integers(8, 19), st.integers(8, 19), st.integers(0, 9))
-def test_augmented_images_are_moved_ones(count: int, height: int, width: int, seed: int) -> None:
-    """Every result is one of all shifts of the image or its mirror image."""
-    x = torch.rand(count, 2, height, width, generator=torch.Generator().manual_seed(seed)) + 1
-    mask = torch.ones(count, 3, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    found = augmented((x, mask), ("crop", "flip"), generator)
-    assert found[1] is mask
-    down, right = height // 8, width // 8
-    for image, moved in zip(x, found[0], strict=True):
-        padded = torch.nn.functional.pad(image, (right, right, down, down))
-        mirrored = torch.nn.functional.pad(image.flip(2), (right, right, down, down))
-        assert any(
-            torch.equal(moved, p[:, i : i + height, j : j + width])
-            for p in (padded, mirrored)
-            for i in range(2 * down + 1)
-            for j in range(2 * right + 1)
-        )
-    assert augmented((x,), (), generator)[0] is x
-    with pytest.raises(PassError, match="augment, and the model reads"):
-        augmented((mask,), ("flip",), generator)
-
-
 def test_held_out_samples_are_apart_and_few() -> None:
     graph = compress.capture(make("products"), MODELS["products"].inputs(2))
     for count, held in ((2, 1), (4, 1), (10, 2), (5120, 512)):
@@ -174,3 +154,49 @@ def test_a_model_that_writes_into_its_input() -> None:
     graph = compress.capture(WritesIntoItsInput().eval(), (torch.randn(2, 6),))
     data = load_calibration([torch.randn(20, 6)], inputs=graph.inputs)
     assert fit(graph, trainable(graph, graph.sites()), graph, data, mse_loss, Plan(2, 4, 1e-3)).before == 0.0
+
+
+class ViewsAfterConvolving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)
+        self.head = nn.Linear(5 * 6 * 7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.conv(x)).relu()
+        out: torch.Tensor = self.head(y.view(y.shape[0], -1))
+        return out
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_channels_last_in_memory_changes_nothing_but_rounding(
+    batch_norm: BatchNorm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `view` takes values in row-major order only, so a model with one would fail without care."""
+    torch.manual_seed(0)
+    graph = compress.capture(ViewsAfterConvolving().eval(), (torch.randn(2, 3, 6, 7),))
+    assert any(node.target is torch.ops.aten.view.default for node in graph.ops.nodes)
+    data = load_calibration([torch.randn(30, 3, 6, 7)], inputs=graph.inputs)
+    start = graph.copy()
+    start.tensors["conv.weight"] = graph.tensors["conv.weight"] + 0.3 * torch.randn(5, 3, 3, 3)
+    seen: list[bool] = []
+
+    def watched(outputs: Sequence[Any], wanted: Sequence[Any], labels: torch.Tensor | None) -> torch.Tensor:
+        seen.append(outputs[-1].is_contiguous(memory_format=torch.channels_last) and outputs[-1].ndim == 4)
+        return kl(outputs, wanted, labels)
+
+    kl = kl_loss(graph, 1.0)
+    plan = Plan(6, 8, 5e-2, "sgd", batch_norm=batch_norm, hidden=1.0)  # adam makes steps of rounding errors
+    monkeypatch.setattr(training, "with_hidden", lambda loss, outputs, weight: watched)
+    fitted = [fit(start, trainable(start, start.sites()), graph, data, kl, plan) for _ in range(2)]
+    assert seen and all(seen)
+    seen.clear()
+    monkeypatch.setattr(training, "_channels_last_pays", lambda graph: False)
+    plain = fit(start, trainable(start, start.sites()), graph, data, kl, plan)
+    assert not any(seen)
+    assert plain.after < 0.8 * plain.before
+    for name, tensor in plain.graph.tensors.items():
+        assert torch.equal(fitted[0].graph.tensors[name], fitted[1].graph.tensors[name])
+        torch.testing.assert_close(fitted[0].graph.tensors[name], tensor, rtol=1e-3, atol=1e-3)
+    assert any(node.target is torch.ops.aten.view.default for node in fitted[0].graph.ops.nodes)
+    assert fitted[0].graph.output_names == graph.output_names

@@ -82,6 +82,24 @@ def test_four_bit_weights_take_the_same_kernels_and_half_the_room(tmp_path: Path
     assert all(sqnr_db(w, h) > 45 for w, h in zip(result.graph.run(inputs), fused, strict=True))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_linear_layers_on_known_ranges(bits: int, tmp_path: Path) -> None:
+    """Products of three axes (an encoder) and of two (Gemm, with and without an activation behind it)."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval()
+    encoder = MODELS["encoder"]
+    for module, data, count in ((layers, (torch.randn(9, 64),), 2), (make("encoder"), encoder.inputs(4), 5)):
+        steps = [QuantizeActivations(activations="static", weight_bits=bits)]
+        result = compress.run(module, steps, example_inputs=data, calibration=[data])
+        artifact = compress.export(result.graph, tmp_path / f"{count}.onnx", samples=result.samples)
+        assert artifact.proof_db > 80
+        assert operators(artifact.path, tmp_path)["MatMulIntegerToFloat"] == count
+        decoders = {node: form.weight for form in artifact.lowered for node in form.nodes}
+        assert decoded_on_every_call(artifact.path, decoders) == []
+        running = Session(artifact.path)(*data)
+        assert all(sqnr_db(w, h) > 45 for w, h in zip(result.graph.run(data), running, strict=True))
+
+
 def test_a_float_convolution_between_integer_ones_stays_float(tmp_path: Path) -> None:
     module = residual()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.errors import ExportError, ModelFileError, OutputError, VerificationError
-from compress.kernels.fuse import W4_MATMUL
+from compress.kernels.products import W4_MATMUL
 from compress.package import read_metadata
 from compress.testing import MODELS, assert_close, make
 
@@ -55,6 +55,17 @@ def test_odd_sizes(group_size: int, symmetric: bool, tmp_path: Path) -> None:
     assert {form.loads_as for form in artifact.lowered} == {"compress::w4_matmul"}
     x = torch.randn(5, 37)
     assert_close(result.graph.run([x])[0], compress.load(artifact.path)(x), db=100)
+
+
+def test_sparse_weights_keep_their_operator(tmp_path: Path) -> None:
+    example = MODELS["encoder"]
+    module = make("encoder").bfloat16()
+    result = compress.run(module, "int4-sparse", inputs=example.specs, calibration=[example.inputs(6)])
+    artifact = compress.export(result.graph, tmp_path / "model.safetensors", "torch")
+    forms = {form.weight: form.loads_as for form in artifact.lowered}
+    assert forms["q.weight"] == "compress::w4_sparse24_matmul"
+    loaded, inputs = compress.load(artifact.path), example.inputs(4)
+    assert torch.equal(loaded(*inputs)["hidden"], result.module()(*inputs)["hidden"])
 
 
 def test_what_is_not_packed_has_a_reason(tmp_path: Path) -> None:
@@ -153,8 +164,8 @@ def test_a_wrong_operator_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     product = fuse._product
 
-    def wrong(ops: Any, node: Any, parts: Any, encoded: Any) -> Any:
-        return ops.call_function(torch.ops.aten.mul.Tensor, (product(ops, node, parts, encoded), 1.01))
+    def wrong(ops: Any, *rest: Any) -> Any:
+        return ops.call_function(torch.ops.aten.mul.Tensor, (product(ops, *rest), 1.01))
 
     monkeypatch.setattr(fuse, "_product", wrong)
     with pytest.raises(VerificationError, match="differs from the graph"):

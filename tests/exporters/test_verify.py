@@ -120,5 +120,5 @@ def test_report_as_json_and_markdown(written: Any, tmp_path: Path) -> None:
     assert {row["layer"] for row in data["layers"]} == {c.site for p in report.passes for c in p.changes}
     text = paths[1].read_text()
     for row in data["layers"]:
-        assert f"| {row['layer']} |" in text
+        assert f"| `{row['layer']}` |" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)

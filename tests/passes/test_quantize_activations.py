@@ -72,6 +72,44 @@ def test_a_residual_block_is_rounded_once_everywhere() -> None:
         assert sqnr_db(want, have) > 30
 
 
+def test_linear_layers_on_calibrated_ranges() -> None:
+    """One rounding in front of layers that share an input, on the range calibration saw; others read it as
+    it was."""
+    example = MODELS["encoder"]
+    options = {"activations": "static", "symmetric": True, "ranges": "minmax"}
+    result = run(make("encoder"), [example.inputs(8)], example.inputs(2), **options)
+    nodes = {n.name: n for n in result.graph.ops.nodes if n.target is STATIC}
+    layers = {s.name: result.graph.node(s.node) for s in result.graph.sites() if s.kind == "linear"}
+    sources = {name: node.args[0] for name, node in layers.items()}
+    assert len(nodes) == 3 and set(sources.values()) == set(nodes.values())
+    assert sources["q"] is sources["k"] is sources["v"]
+    assert list(sources["q"].users) == [layers["q"], layers["k"], layers["v"]]  # type: ignore[union-attr]
+    module, seen = make("encoder"), []
+    module.get_submodule("up").register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    with torch.no_grad():
+        module(*example.inputs(8))
+    _, scale, zero = sources["up"].args  # type: ignore[union-attr]
+    assert zero == 128 and scale == pytest.approx(float(seen[0].abs().max()) / 127, rel=1e-5)
+    for want, have in zip(
+        result.reference.run(example.inputs(3)), result.graph.run(example.inputs(3)), strict=True
+    ):
+        assert sqnr_db(want, have) > 30
+    told = run(make("encoder"), None, example.inputs(2), **options).report.passes[0].notes
+    assert sum("need calibration data" in note.reason for note in told) == 5
+
+
+def test_what_is_rounded_for_a_convolution_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 14), nn.ReLU(), nn.Flatten(), nn.Linear(4, 64)
+    )
+    result = run(module.eval(), [images(6)], [images(2)], activations="static", symmetric=True)
+    linear = next(s for s in result.graph.sites() if s.kind == "linear")
+    source = result.graph.node(linear.node).args[0]
+    places = [n for n in result.graph.ops.nodes if n.target is STATIC]
+    assert len(places) == 4 and source is places[-1]
+
+
 def test_clipped_activations_spend_no_code_below_zero() -> None:
     result = run(residual(), [images(6)], [images(2)])
     for node in result.graph.ops.nodes:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import compress
 from compress.data import CalibrationData, load_calibration
 from compress.errors import CalibrationError, PassError
+from compress.losses import hidden_points, returning
 from compress.passes.prune_magnitude import PruneMagnitude
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.passes.quantize_codebook import QuantizeCodebook
@@ -169,3 +171,23 @@ def test_in_a_recipe_to_a_proven_file(tmp_path: Path) -> None:
     again = compress.run(graph, recipe, calibration=samples("convnet", graph))
     other = compress.export(again.graph, tmp_path / "b.onnx", samples=result.samples)
     assert written.path.read_bytes() == other.path.read_bytes()
+
+
+def test_hidden_values_are_learned_too() -> None:
+    """What activation functions give comes nearer to the original's than by learning from outputs alone."""
+    prune = PruneMagnitude(sparsity=0.6, refit=False)
+    errors = {}
+    for hidden in (0.0, 3.0):
+        original, before, result = recovered("convnet", prune, loss="kl", hidden=hidden)
+        names = hidden_points(before, original)
+        x = MODELS["convnet"].inputs(40)
+        for what, graph in (("before", before), (hidden, result.graph)):
+            pairs = zip(returning(graph, names).run(x), returning(original, names).run(x), strict=True)
+            errors[what] = sum(float((a - b).square().mean() / b.var()) for a, b in list(pairs)[1:])
+        assert result.graph.output_names == original.output_names
+    assert errors[3.0] < 0.8 * errors[0.0] and errors[3.0] < 0.7 * errors["before"]
+
+
+def test_mixed_images_have_no_labels() -> None:
+    with pytest.raises(ValidationError, match="which has no label"):
+        Recover(loss="labels", augment=("crop", "cutmix"))

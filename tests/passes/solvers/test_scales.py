@@ -113,3 +113,12 @@ def test_the_size_of_weights_and_inputs_does_not_matter(encoding: IntEncoding, s
     usual = error(weight, H)
     assert error(weight * size, H) == pytest.approx(usual, rel=1e-2)
     assert error(weight, H / H.max() * size) == pytest.approx(usual, rel=1e-2)
+
+
+@pytest.mark.parametrize("group", [-1, 32])
+def test_scales_of_8_bits_are_positive(group: int) -> None:
+    """No runtime gains by the code -128, and TensorRT refuses negative scales."""
+    weight = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    found = search_scales(weight, None, IntEncoding(8, group))
+    assert bool((found.scales > 0).all())
+    assert bool((search_scales(weight, None, IntEncoding(4, group)).scales < 0).any())
