@@ -23,6 +23,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv $(VENV_FLAGS) .venv
 	$(BIN)/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch numpy
 	$(BIN)/pip install -q --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@.ci/browser
 	touch $@
 
 .venv/.bench-ready: .venv/.ready

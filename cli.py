@@ -2,6 +2,7 @@
 
 compress model.pt --recipe int4 --model net.py:build --input 1,3,32,32 -o model.onnx
 compress inspect model.pt --sensitivity -c images.npz
+compress bench model.pt --recipes int8,int4 --peers ort -c images.npz
 compress diff model.pt model.onnx --model net.py:build -c images.npz
 compress recipes
 compress tune
@@ -23,6 +24,7 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
+from compress.bench_command import bench
 from compress.console import (
     STDOUT,
     Watching,
@@ -72,10 +74,10 @@ def cli() -> None:
 @tensorrt_options
 def run(
     source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool, recipe: str,
-    output: str | None, target: str | None, decode: Any, last_logits: bool, genai: bool,
-    calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, metric: str | None,
-    max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int, max_memory: str,
-    seed: int, quiet: bool, **of_target: str | None,
+    output: str | None, report_file: Path | None, target: str | None, decode: Any, last_logits: bool,
+    genai: bool, calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int,
+    metric: str | None, max_drop: float | None, min_speedup: float | None, batch_sizes: str, threads: int,
+    max_memory: str, seed: int, quiet: bool, **of_target: str | None,
 ) -> None:  # fmt: skip
     """Compress MODEL and write a verified file with a report beside it."""
     import compress
@@ -83,6 +85,9 @@ def run(
     from compress.exporters import target_of
     from compress.exporters.genai import check as check_genai
     from compress.exporters.genai import write as write_genai
+    from compress.perplexity import PERPLEXITY, metric_named
+    from compress.report_files import check as check_report
+    from compress.report_files import write as write_report
 
     began = time.perf_counter()
     if max_drop is not None and metric is None:
@@ -100,9 +105,11 @@ def run(
     options = {name: value for name, value in of_target.items() if value is not None}
     if genai:
         check_genai(path, Path(source), kv_cache=kv_cache, inputs=inputs)
-    evaluated = (metric or "").removeprefix(_PERPLEXITY)
-    check_output(path, target, (source, recipe, model, calibration, tokenizer, evaluated), recipe, **options)
-    eval_fn = _metric(metric, tokenizer) if metric else None
+    read = (source, recipe, model, calibration, tokenizer, (metric or "").removeprefix(PERPLEXITY))
+    check_output(path, target, read, recipe, **options)
+    if report_file is not None:
+        check_report(report_file, read)
+    eval_fn = metric_named(metric, tokenizer) if metric else None
     if last_logits and isinstance(eval_fn, compress.Perplexity):
         raise InputSpecError(
             "a perplexity needs the logits of all positions, and --last-logits leaves those of one",
@@ -135,13 +142,14 @@ def run(
                 artifact, result.reference, samples=result.samples, eval_fn=eval_fn, batch_sizes=sizes,
                 threads=threads, progress=progress,
             )  # fmt: skip
-            return _stored_results(report.verification)
+            return report.verification.stored()
 
         progress.start("export", 0)
         report.artifact = compress.export(
-            result.graph, path, target, samples=result.samples[:1], results=results, decode=decode, **options
-        )
-    kernels = ("MatMulNBits", "w4_matmul")
+            result.graph, path, target, samples=result.samples[:1], results=results, decode=decode,
+            progress=progress, **options,
+        )  # fmt: skip
+    kernels = ("MatMulNBits", "compress::w4")
     packed = any(kernel in form.loads_as for form in report.artifact.lowered for kernel in kernels)
     if packed and report.slower():
         report.warnings.append(
@@ -151,6 +159,8 @@ def run(
         )
     report.seconds = time.perf_counter() - began
     written = report.write(path)
+    if report_file is not None:
+        written.append(write_report(report.as_dict(), report_file))
     if genai:
         written += write_genai(report.artifact, Path(source))
     show_report(report, path, written, quiet)
@@ -319,10 +329,16 @@ def diff(
         show_divergence(found)
 
 
+cli.add_command(bench)
+
+
 @cli.command()
 @click.option("--shape", "shapes", type=(int, int), multiple=True, help="Rows and columns of a weight.")
 @click.option("--group-size", default=32, show_default=True, help="Columns that share a scale.")
-def tune(shapes: tuple[tuple[int, int], ...], group_size: int) -> None:
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), help="Begin nothing after these; default: go through all."
+)
+def tune(shapes: tuple[tuple[int, int], ...], group_size: int, minutes: float | None) -> None:
     """Measure how this GPU runs 4-bit products best.
 
     Without --shape: those of common language models.
@@ -330,7 +346,8 @@ def tune(shapes: tuple[tuple[int, int], ...], group_size: int) -> None:
     from compress.kernels.tune import SHAPES
     from compress.kernels.tune import tune as measure
 
-    click.echo(f"written to {measure(shapes or SHAPES, group_size, click.echo)}")
+    limit = math.inf if minutes is None else minutes
+    click.echo(f"written to {measure(shapes or SHAPES, group_size, click.echo, minutes=limit)}")
 
 
 @cli.command()
@@ -363,36 +380,6 @@ def doctor() -> None:
 
 
 # -- pieces ---------------------------------------------------------------------------------------
-
-
-_PERPLEXITY = "perplexity:"
-
-
-def _metric(name: str, tokenizer: str | None) -> Any:
-    """What --eval names."""
-    import compress
-    from compress.loading import resolve_callable
-
-    if name.startswith(_PERPLEXITY):
-        return compress.Perplexity(name.removeprefix(_PERPLEXITY), tokenizer)
-    return resolve_callable(name, what="--eval")
-
-
-def _stored_results(verification: Any) -> dict[str, Any]:
-    """What goes into the file: no timings, they differ from run to run; no infinities, JSON has none."""
-    compared = [
-        {"what": c.what, "output": c.output, "cosine": round(c.cosine, 4), "top1": round(c.top1, 4)}
-        for c in verification.comparisons
-        if c.what == "file vs original"
-    ]
-
-    def finite(values: dict[str, float]) -> dict[str, float | str]:
-        return {k: float(f"{v:.6g}") if math.isfinite(v) else str(v) for k, v in values.items()}
-
-    results = {"compared": compared, "metric": finite(verification.metric), "inputs": verification.inputs}
-    if verification.kl:
-        results["perplexity"] = {"text": verification.measured_on, "kl": finite(verification.kl)}
-    return results
 
 
 def _check_goals(verification: Any, max_drop: float | None, min_speedup: float | None) -> None:

@@ -9,10 +9,8 @@ import operator
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -40,11 +38,13 @@ class Setup:
         quick: fewer samples, the same code path.
         data: folder that holds ``data/`` and ``models/``; None where there is none.
         work: an existing folder for the files the case writes.
+        tune: launches of kernels are to be measured on this GPU before they are timed beside others.
     """
 
     quick: bool
     data: Path | None
     work: Path
+    tune: bool = False
 
     def file(self, name: str) -> Path:
         """A file of the data folder; `needs` of the case has made sure that it is there."""
@@ -182,43 +182,10 @@ def losses_are_said(report: Mapping[str, Any]) -> bool:
 # -- timing ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Medians of interleaved calls: milliseconds, and first / this one (above 1 is faster)."""
-
-    ms: float
-    speedup: float
-    rounds: int
-
-
 def caller(session: Any, *inputs: Any) -> Callable[[], object]:
     """One call of an ONNX Runtime `Session` on fixed inputs, without the conversions around it."""
     feed = session.feed(inputs)
     return lambda: session.session.run(None, feed)
-
-
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Speed]:
-    """Time callables in turn, so that a busy machine slows all of them; the first is the baseline."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    clock = time.perf_counter
-    end = clock() + seconds
-    rounds = 0
-    while rounds < 3 or (clock() < end and rounds < 300):
-        for name, call in calls.items():
-            call()  # warm: another one has just been through the caches
-            began = clock()
-            call()
-            times[name].append(clock() - began)
-        rounds += 1
-    first = next(iter(times.values()))
-    return {
-        name: Speed(
-            1e3 * statistics.median(taken),
-            statistics.median(a / b for a, b in zip(first, taken, strict=True)),
-            rounds,
-        )
-        for name, taken in times.items()
-    }
 
 
 # -- results --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Runs the benchmark cases and shows each measurement beside its target.
 
     python bench/run.py [CASE ...] [--quick] [--data DIR] [--list] [--out DIR]
+    python bench/run.py kernels --gpu
 
 Every case runs in a process of its own, so that its peak memory is its own. Results go to
 `bench/results/CASE.json`; those of --quick to `build/bench/results/`, because they are no record.
@@ -56,6 +57,7 @@ def default_data() -> Path | None:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with data/ and models/.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and what is missing for them.")
+@click.option("--gpu", "tune", is_flag=True, help="Case kernels: check, tune for this GPU, then the table.")
 @click.option(
     "--gate/--no-gate", default=None, help="Run the tests first, stop when red (default: unless --quick)."
 )
@@ -69,6 +71,7 @@ def main(
     data: Path | None,
     out: Path | None,
     only_list: bool,
+    tune: bool,
     gate: bool | None,
     threads: int,
     child: Path | None,
@@ -79,17 +82,19 @@ def main(
         raise click.UsageError(f"there is no case {', '.join(unknown)}; there are {', '.join(CASES)}")
     data = (data or default_data() or Path()).resolve() if data or default_data() else None
     cases = [CASES[n] for n in names or CASES]
+    if tune and names != ("kernels",):
+        raise click.UsageError("--gpu is for one case: bench/run.py kernels --gpu")
     if only_list:
         _list(cases, data)
     elif child is not None:
-        _run_here(cases[0], quick, data, child)
+        _run_here(cases[0], quick, data, child, tune)
     else:
         out = out or (ROOT / "build" / "bench" / "results" if quick else ROOT / "bench" / "results")
         if (not quick if gate is None else gate) and not tests_are_green():
             raise click.ClickException(
                 "the tests are red; no benchmark is reported (--no-gate to look anyway)"
             )
-        crashed = [c.name for c in cases if not run_case(c, quick, data, out.resolve(), threads)]
+        crashed = [c.name for c in cases if not run_case(c, quick, data, out.resolve(), threads, tune)]
         if crashed:
             raise click.ClickException(f"crashed: {', '.join(crashed)}")
 
@@ -101,7 +106,9 @@ def tests_are_green() -> bool:
     return subprocess.run(words, cwd=ROOT, check=False).returncode == 0
 
 
-def run_case(case: Case, quick: bool, data: Path | None, out: Path, threads: int = 1) -> bool:
+def run_case(
+    case: Case, quick: bool, data: Path | None, out: Path, threads: int = 1, tune: bool = False
+) -> bool:
     """Run one case in a process of its own, print and write its result; False if it crashed."""
     reason = case.missing(data)
     if reason:
@@ -111,7 +118,7 @@ def run_case(case: Case, quick: bool, data: Path | None, out: Path, threads: int
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         result = Path(folder) / "result.json"
         words = [sys.executable, "-P", str(Path(__file__).resolve()), case.name, "--child", str(result)]
-        words += ["--quick"] * quick + (["--data", str(data)] if data else [])
+        words += ["--quick"] * quick + ["--gpu"] * tune + (["--data", str(data)] if data else [])
         limits = {n: str(threads) for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
         limits["TOKENIZERS_PARALLELISM"] = "false"
         code = subprocess.run(words, cwd=ROOT, env={**os.environ, **limits}, check=False).returncode
@@ -133,10 +140,10 @@ def run_case(case: Case, quick: bool, data: Path | None, out: Path, threads: int
     return True
 
 
-def _run_here(case: Case, quick: bool, data: Path | None, result: Path) -> None:
+def _run_here(case: Case, quick: bool, data: Path | None, result: Path, tune: bool) -> None:
     work = ROOT / "build" / "bench" / case.name
     work.mkdir(parents=True, exist_ok=True)
-    found = measure(case, Setup(quick, data, work))
+    found = measure(case, Setup(quick, data, work, tune))
     result.write_text(json.dumps(found))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from compress.api import Result, diff, export, load, profile, random_masks, run, sparse_train, verify
 from compress.artifact import Artifact, Verification
+from compress.benchmark_result import Benchmark
+from compress.benchmarking import benchmark
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight
@@ -27,6 +29,7 @@ from compress.sparse import FixedMasks
 
 __all__ = [
     "Artifact",
+    "Benchmark",
     "BitmapEncoding",
     "BitmapWeight",
     "Change",
@@ -54,6 +57,7 @@ __all__ = [
     "Result",
     "Site",
     "Verification",
+    "benchmark",
     "capture",
     "diff",
     "export",

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from compress.artifact import Artifact, Verification
+from compress.augmentation import Augmentation
 from compress.capture import Source, capture
-from compress.data import CalibrationData, describe_missing, load_calibration
+from compress.data import describe_missing
 from compress.divergence import Divergence
-from compress.errors import ExportError, ModelFileError, OutputError, PassError, RecipeError
-from compress.examples import described, first_sample
+from compress.errors import ExportError, ModelFileError, OutputError, PassError
+from compress.examples import described, first_sample, read_calibration, some_samples
 from compress.graph import Graph
 from compress.head import last_position
 from compress.inputs import InputSpec
@@ -31,13 +32,11 @@ from compress.perplexity import Perplexity
 from compress.pipeline import Context, Pass, Pipeline
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
-from compress.recipes import RECIPES, named
+from compress.recipes import RecipeLike, resolve
 from compress.report import Report, provenance, versions
 from compress.sparse import TrainingData, prunable, train
-from compress.training import Augmentation
 from compress.two_models import diff as diff_models
 
-RecipeLike = str | Path | Mapping[str, Any] | Sequence[Pass] | Recipe
 EvalFn = Callable[[torch.nn.Module], float]
 
 
@@ -113,7 +112,7 @@ def run(
     began = time.perf_counter()
     progress = progress or Silent()
     # the recipe first: a typing error in it should not cost a minute of loading
-    plan = _recipe(recipe)
+    plan = resolve(recipe)
     pipeline, resolved = _pipeline(plan, recipe)
     if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
@@ -122,7 +121,7 @@ def run(
         check(reference)
     if isinstance(eval_fn, Perplexity):
         eval_fn.prepare(reference)
-    data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
+    data = read_calibration(calibration, reference, tokenizer, samples, normalize, seed)
     context = Context(reference, data, seed, max_memory, progress, _layer_latency)
     graph, reports = pipeline.run(reference, context)
     graph.meta.update(recipe=resolved, seed=seed, calibration_sha256=data.sha256 if data else None)
@@ -146,7 +145,7 @@ def run(
     if last_logits:
         graph, reference = last_position(graph), last_position(reference)
     report.seconds = time.perf_counter() - began
-    return Result(graph, reference, report, _some(data, reference))
+    return Result(graph, reference, report, some_samples(data, reference))
 
 
 def sparse_train(
@@ -178,7 +177,8 @@ def sparse_train(
         ratios: how much each layer keeps: uniform, uniform+, er, erk, balanced or pyramidal.
         ignore: paths of modules that stay dense, or globs.
         epochs, batch_size, learning_rate, weight_decay: of the training; `batch_size` only for whole data.
-        augment: "crop", "flip": images are moved by up to an eighth and mirrored, by chance.
+        augment: "crop", "flip", "color": images are moved by up to an eighth, mirrored, and changed in
+            contrast and brightness, by chance.
         loss: (outputs, labels) -> scalar.
         seed: of the mask, the order, augmentation and dropout.
 
@@ -188,6 +188,8 @@ def sparse_train(
     Raises:
         PassError, CalibrationError: the options, or the data, do not fit.
     """
+    if "cutmix" in augment:
+        raise PassError("augment: cutmix mixes images", expected="each image with its own label")
     masks = random_masks(model, sparsity=sparsity, ratios=ratios, ignore=ignore, seed=seed)
     train(
         model, data, masks, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
@@ -265,7 +267,7 @@ def profile(
     if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
-    data = _calibration(calibration, reference, tokenizer, samples, normalize, seed)
+    data = read_calibration(calibration, reference, tokenizer, samples, normalize, seed)
     graph = Cleanup.model_validate({}).apply(reference, Context(reference)).graph
     return profile_graph(graph, drafts, ranks, data, max_memory=max_memory, progress=progress)
 
@@ -295,6 +297,7 @@ def export(
     samples: Sequence[Sequence[Tensor]] = (),
     results: Callable[[Artifact], Mapping[str, Any]] | None = None,
     decode: Literal["run", "load"] = "run",
+    progress: Progress | None = None,
     **options: Any,
 ) -> Artifact:
     """Write a graph as a file, proven against the graph before it takes its name.
@@ -305,9 +308,9 @@ def export(
         target: "onnx", "torch": a file for `load`, or "tensorrt": an engine.
         samples: real flat inputs to prove it on, besides two random shapes.
         results: called with the proven file before it takes its name; what it returns is stored in it.
-        decode: "run" leaves large weights packed in memory, and the runtime decodes them as it
-            multiplies: least memory, fast at small batches. "load" has them decoded once when the file
-            is loaded: the same small file, float speed, float memory, exact values.
+        decode: "run" leaves large weights packed, decoded as they are multiplied: fast at small batches;
+            "load" has them decoded once when the file is loaded: float speed and memory, exact values.
+        progress: told what is done, and how far it is.
         options: of the target; of "tensorrt" the fields of `compress.exporters.to_tensorrt.TensorRTExporter`.
 
     Raises:
@@ -324,14 +327,13 @@ def export(
     exporter = find(target, **options)
     if decode not in ("run", "load"):
         raise ExportError(f"decode is {decode!r}", expected='"run" or "load"')
-    path = Path(path)
-    if not path.name:
+    if not (path := Path(path)).name:
         raise OutputError(f"{path} is no file name")
     keys = ("recipe", "seed", "source", "sha256", "calibration_sha256")
     metadata = {k: graph.meta[k] for k in keys if graph.meta.get(k) is not None}
     metadata["versions"] = versions()
     artifact: Artifact = exporter.export(
-        graph, path, samples=samples, metadata=metadata, results=results, decode=decode
+        graph, path, samples=samples, metadata=metadata, results=results, decode=decode, progress=progress
     )
     return artifact
 
@@ -410,7 +412,7 @@ def check_output(
     exporter = find(target, **options)
     exporter.check(path)
     if recipe is not None:
-        reasons = exporter.unsuitable(_pipeline(_recipe(recipe), recipe)[0].passes)
+        reasons = exporter.unsuitable(_pipeline(resolve(recipe), recipe)[0].passes)
         if reasons:
             raise ExportError("; ".join(reasons))
 
@@ -446,25 +448,6 @@ def pass_table() -> Mapping[str, type[Pass]]:
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def _recipe(recipe: RecipeLike) -> Recipe | None:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return Recipe.from_dict(recipe)
-    if isinstance(recipe, str | Path):
-        text = str(recipe)
-        if text in RECIPES:
-            return RECIPES[text]
-        if isinstance(recipe, Path) or Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
-            return Recipe.from_file(text)
-        return named(text)
-    if isinstance(recipe, Sequence) and recipe and all(isinstance(p, Pass) for p in recipe):
-        return None
-    raise RecipeError(
-        f"recipe is {recipe!r}", expected="a name, a path, a mapping, or a list of passes with at least one"
-    )
-
-
 def _pipeline(plan: Recipe | None, recipe: RecipeLike) -> tuple[Pipeline, dict[str, Any]]:
     if plan is not None:
         table = pass_table()
@@ -473,42 +456,6 @@ def _pipeline(plan: Recipe | None, recipe: RecipeLike) -> tuple[Pipeline, dict[s
     passes = tuple(p for p in recipe if isinstance(p, Pass))
     steps = [{"pass": p.name, **p.options()} for p in passes]
     return Pipeline(passes), {"metadata": {"name": "custom"}, "passes": steps}
-
-
-def _calibration(
-    source: Any,
-    reference: Graph,
-    tokenizer: str | Path | None,
-    samples: int,
-    normalize: tuple[Sequence[float], Sequence[float]] | None,
-    seed: int,
-) -> CalibrationData | None:
-    if source is None or isinstance(source, CalibrationData):
-        return source
-    return load_calibration(
-        source,
-        inputs=reference.inputs,
-        tokenizer=tokenizer or reference.meta.get("tokenizer"),
-        samples=samples,
-        normalize=normalize,
-        seed=seed,
-    )
-
-
-def _some(data: CalibrationData | None, reference: Graph) -> list[tuple[Tensor, ...]]:
-    """Up to 128 samples to verify with, eight at a time: outputs can be much larger than inputs.
-
-    Of a language model 16, one at a time.
-    """
-    batches: list[tuple[Tensor, ...]] = []
-    every = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in reference.inputs)
-    size = 1 if has_cache(reference.inputs) else 8
-    for batch in data or ():
-        parts = [t.split(size) for t in batch.inputs] if every else [(t,) for t in batch.inputs]
-        batches.extend(zip(*parts, strict=True))
-        if len(batches) >= 16:
-            break
-    return batches[:16]
 
 
 def _layer_latency(*args: Any) -> dict[str, list[float]]:

@@ -85,6 +85,37 @@ class CalibrationData:
 
         return CalibrationData(make, self._sizes, self.description, self.sha256)
 
+    def parted(self, held: int) -> tuple[CalibrationData, CalibrationData]:
+        """The first samples, and the last `held` of them, in batches of the same sizes but where they part.
+
+        Raises:
+            ValueError: one of the two would be empty.
+        """
+        kept = self.num_samples - held
+        if held < 1 or kept < 1:
+            raise ValueError(f"{held} of {self.num_samples} samples cannot be held out")
+        return self._rows(0, kept), self._rows(kept, self.num_samples)
+
+    def _rows(self, begin: int, end: int) -> CalibrationData:
+        """Samples `begin` to `end`, which fall into whole batches or, at the ends, into parts of them."""
+        parts = []
+        start = 0
+        for index, size in enumerate(self._sizes):
+            first, last = max(begin - start, 0), min(end - start, size)
+            if first < last:
+                parts.append((index, slice(first, last)))
+            start += size
+
+        def make(number: int) -> Batch:
+            index, rows = parts[number]
+            batch = self._make(index)
+            inputs = tuple(tensor[rows] for tensor in batch.inputs)
+            return Batch(inputs, None if batch.labels is None else batch.labels[rows])
+
+        sizes = [rows.stop - rows.start for _, rows in parts]
+        description = f"{end - begin} of {self.description}"
+        return CalibrationData(make, sizes, description, self.sha256)
+
     def __repr__(self) -> str:
         return f"CalibrationData({self.description}, {len(self)} batches)"
 

@@ -1,10 +1,10 @@
-"""Example inputs for capture, taken from the calibration data when the user gives no others."""
+"""Samples of the calibration data: to capture with, where the user gives no others, and to verify with."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.data import CalibrationData
+from compress.data import CalibrationData, load_calibration
 from compress.errors import CalibrationError
 from compress.graph import Graph
 from compress.hf import causal_lm_folder
+from compress.kv_cache import has_cache
 
 _LABELS = ("labels", "label", "y", "targets", "target")
 
@@ -57,6 +58,43 @@ def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:
     if iterator is calibration:  # a generator: what was taken must be put back
         calibration = itertools.chain([item], iterator)
     return _inputs(item, source), calibration
+
+
+def read_calibration(
+    source: Any,
+    reference: Graph,
+    tokenizer: str | Path | None,
+    samples: int,
+    normalize: tuple[Sequence[float], Sequence[float]] | None,
+    seed: int,
+) -> CalibrationData | None:
+    """As `load_calibration`, for a model that may know its tokenizer; None for no data."""
+    if source is None or isinstance(source, CalibrationData):
+        return source
+    return load_calibration(
+        source,
+        inputs=reference.inputs,
+        tokenizer=tokenizer or reference.meta.get("tokenizer"),
+        samples=samples,
+        normalize=normalize,
+        seed=seed,
+    )
+
+
+def some_samples(data: CalibrationData | None, reference: Graph) -> list[tuple[Tensor, ...]]:
+    """Up to 128 samples to verify with, eight at a time: outputs can be much larger than inputs.
+
+    Of a language model 16, one at a time.
+    """
+    batches: list[tuple[Tensor, ...]] = []
+    every = all(spec.dynamic and spec.dynamic[0] == (0, "batch") for spec in reference.inputs)
+    size = 1 if has_cache(reference.inputs) else 8
+    for batch in data or ():
+        parts = [t.split(size) for t in batch.inputs] if every else [(t,) for t in batch.inputs]
+        batches.extend(zip(*parts, strict=True))
+        if len(batches) >= 16:
+            break
+    return batches[:16]
 
 
 def _head(value: Any) -> Any:

@@ -95,6 +95,17 @@ class Channels:
         return (self.squares / max(self.rows, 1)).float()
 
 
+class Largest:
+    """The largest magnitude of a value's elements, `value`; 0 before the first batch."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def update(self, value: Tensor) -> None:
+        if value.numel():
+            self.value = max(self.value, float(value.detach().abs().max()))
+
+
 class Histogram:
     """Counts of a value's elements over a range that grows by doubling, float64 ``[BINS]``.
 

@@ -45,6 +45,7 @@ from compress.codebook import CodebookEncoding, CodebookWeight
 from compress.cores import CoreEncoding, CoreWeight
 from compress.encoding import Encoded, EncodedWeight, IntEncoding
 from compress.errors import CompressError, ModelFileError
+from compress.float8 import Float8Encoding, Float8Weight
 from compress.graph import Graph
 from compress.inputs import InputSpec
 from compress.sniff import PACKAGE_KEY
@@ -59,6 +60,7 @@ _ENCODINGS: dict[str, tuple[type[Any], type[Any]]] = {
     "codebook": (CodebookEncoding, CodebookWeight),
     "bitmap": (BitmapEncoding, BitmapWeight),
     "cores": (CoreEncoding, CoreWeight),
+    "float8": (Float8Encoding, Float8Weight),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)

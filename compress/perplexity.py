@@ -177,6 +177,24 @@ class Perplexity:
         return self.compare({"model": run})["model"].perplexity
 
 
+PERPLEXITY = "perplexity:"
+"""What a metric that is a perplexity begins with, on the command line."""
+
+
+def metric_named(name: str, tokenizer: str | Path | None = None) -> Callable[[torch.nn.Module], float]:
+    """A metric as the command line names it: "perplexity:FILE", or "module:callable".
+
+    Raises:
+        CalibrationError: there is no such text.
+        ModelFileError: there is no such callable.
+    """
+    if name.startswith(PERPLEXITY):
+        return Perplexity(name.removeprefix(PERPLEXITY), tokenizer)
+    from compress.loading import resolve_callable
+
+    return resolve_callable(name, what="--eval")
+
+
 def _inputs(graph: Graph, table: WindowTable, ids: Tensor) -> tuple[Tensor, ...]:
     """Flat inputs; a key-value cache, if the model has one, is empty."""
     return with_empty_past(graph.inputs, table.inputs(ids))

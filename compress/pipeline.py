@@ -135,6 +135,12 @@ class Pass(BaseModel):
     targets: tuple[str, ...] = Field(("linear", "conv"), description="kinds, paths, globs or re: patterns")
     ignore: tuple[str, ...] = Field((), description="what to leave alone; same syntax")
 
+    def leaves(self) -> Sequence[object]:
+        """Formats that this pass may give to weights and activations, as far as they are known beforehand:
+        encodings such as `compress.encoding.IntEncoding`, and `compress.activations.Rounding`. For these an
+        exporter refuses a recipe before any work is done."""
+        return ()
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Rewrite the graph; the one method a pass writes. Must not change its argument."""
         raise NotImplementedError(f"{type(self).__name__} has no run()")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from compress.errors import RecipeError
+from compress.pipeline import Pass
 from compress.recipe import Recipe
+
+RecipeLike = str | Path | Mapping[str, Any] | Sequence[Pass] | Recipe
 
 _TEXTS = {
     "int8": """
@@ -50,19 +56,14 @@ passes:
 metadata:
   name: int8-static
   description: >-
-    8-bit weights, and 8-bit activations of convolutions on calibrated ranges, all symmetric: what TensorRT
-    takes. ONNX Runtime takes it as well; there int8 is faster.
+    8-bit weights and activations (W8A8) on calibrated ranges, all symmetric: what TensorRT takes. ONNX
+    Runtime takes it as well; there int8 is faster.
 passes:
   - pass: cleanup
   - pass: smooth
   - pass: quantize_activations
     activations: static
     symmetric: true
-    targets: [conv]
-  - pass: quantize_weights
-    bits: 8
-    group_size: -1
-    targets: [linear, embedding]
 """,
     "int4-symmetric": """
 metadata:
@@ -79,6 +80,16 @@ passes:
     bits: 8
     group_size: -1
     targets: [conv]
+""",
+    "fp8": """
+metadata:
+  name: fp8
+  description: >-
+    8-bit floats (E4M3): weights, and inputs of linear layers and convolutions on calibrated ranges. For
+    TensorRT from sm89 on; ONNX Runtime computes it in floats.
+passes:
+  - pass: cleanup
+  - pass: quantize_fp8
 """,
     "int3": """
 metadata:
@@ -295,4 +306,28 @@ def named(name: str) -> Recipe:
         f"there is no recipe {name!r}",
         expected=f"one of {', '.join(RECIPES)}, or the path of a YAML file",
         fix=f"did you mean {close[0]!r}?" if close else "`compress recipes` lists them",
+    )
+
+
+def resolve(recipe: RecipeLike) -> Recipe | None:
+    """The recipe that is meant; None for a list of passes, which is its own.
+
+    Raises:
+        RecipeError: it is none, or cannot be read.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(recipe)
+    if isinstance(recipe, str | Path):
+        text = str(recipe)
+        if text in RECIPES:
+            return RECIPES[text]
+        if isinstance(recipe, Path) or Path(text).suffix in (".yaml", ".yml") or Path(text).is_file():
+            return Recipe.from_file(text)
+        return named(text)
+    if isinstance(recipe, Sequence) and recipe and all(isinstance(p, Pass) for p in recipe):
+        return None
+    raise RecipeError(
+        f"recipe is {recipe!r}", expected="a name, a path, a mapping, or a list of passes with at least one"
     )

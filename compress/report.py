@@ -1,11 +1,11 @@
-"""What a run did and what came of it, as data, as a table, as Markdown and as one headline."""
+"""What a run did and what came of it, as data, as a table, as files and as one headline."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from compress.artifact import Artifact, Comparison, Timing, Verification
 from compress.data import CalibrationData
 from compress.graph import Graph
 from compress.pipeline import Change, PassReport
+from compress.report_files import put, text
 
 SCHEMA_VERSION = 1
 
@@ -72,6 +73,7 @@ class Report:
             rows.append(
                 {
                     "layer": last.site,
+                    "weight": weight,
                     "action": " + ".join(c.action for c in changes),
                     "bits": last.bits,
                     "sparsity": last.sparsity,
@@ -97,10 +99,10 @@ class Report:
         if self.artifact is not None:
             before = self.verification.float_bytes if self.verification else 0
             before, after = before or self.float_bytes, self.artifact.nbytes
-            parts.append(f"{_ratio(before, after)} ({size_words(before)} -> {size_words(after)})")
+            parts.append(f"{ratio_words(before, after)} ({size_words(before)} -> {size_words(after)})")
         else:
             parts.append(
-                f"{_ratio(self.float_bytes, self.tensor_bytes)} weights "
+                f"{ratio_words(self.float_bytes, self.tensor_bytes)} weights "
                 f"({size_words(self.float_bytes)} -> {size_words(self.tensor_bytes)})"
             )
         if self.verification is not None:
@@ -132,6 +134,7 @@ class Report:
             }
         data = {
             "schema_version": SCHEMA_VERSION,
+            "kind": "run",
             "headline": self.headline(),
             "recipe": self.recipe,
             "provenance": self.provenance,
@@ -147,43 +150,20 @@ class Report:
             "verification": verification,
             "warnings": self.warnings,
         }
-        cleaned: dict[str, Any] = _finite(data)
+        cleaned: dict[str, Any] = finite(data)
         return cleaned
 
     def to_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2) + "\n"
+        """`as_dict`, indented."""
+        return text(self.as_dict(), ".json")
 
     def to_markdown(self) -> str:
-        lines = [
-            f"# {self.provenance.get('source', 'model')}: {self.recipe['metadata'].get('name', 'recipe')}"
-        ]
-        lines += ["", f"**{self.headline()}**", "", f"Calibration: {self.calibration}", ""]
-        lines += [f"- {w}" for w in self.warnings] + ([""] if self.warnings else [])
-        if self.artifact is not None and self.artifact.built_for:
-            lines += ["## Built for", ""]
-            lines += [f"- {what}: {value}" for what, value in self.artifact.built_for.items()] + [""]
-        if self.verification is not None:
-            lines += _markdown_verification(self.verification)
-        lines += [
-            "## Layers",
-            "",
-            "| layer | action | bits | sparsity | bytes | error | |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [f"| {' | '.join(cells)} |" for cells in self.table()]
-        declined = [(p, s, r) for p, s, r in self.notes() if s]
-        if declined:
-            lines += ["", "## Left alone", ""]
-            lines += [f"- `{site}` ({name}): {reason}" for name, site, reason in declined]
-        lines += ["", "## Provenance", ""]
-        for key, value in self.provenance.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{k} {v}" for k, v in value.items())
-            elif isinstance(value, list):
-                value = "; ".join(map(str, value))
-            # a seed of 0 is a seed
-            lines += [f"- {key.replace('_', ' ')}: {value}"] if value not in (None, "") else []
-        return "\n".join(lines) + "\n"
+        """A model card: `compress.card`."""
+        return text(self.as_dict(), ".md")
+
+    def to_html(self) -> str:
+        """One page without anything to load: `compress.page`."""
+        return text(self.as_dict(), ".html")
 
     def table(self) -> list[tuple[str, ...]]:
         """The rows as text: layer, action, bits, sparsity, bytes, error, note."""
@@ -202,14 +182,11 @@ class Report:
 
     def write(self, path: Path) -> list[Path]:
         """Write JSON and Markdown beside the output; returns their paths."""
-        written = []
-        for suffix, text in ((".report.json", self.to_json()), (".report.md", self.to_markdown())):
-            target = path.with_name(path.name + suffix)
-            temporary = target.with_name(f".{target.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-            written.append(target)
-        return written
+        data = self.as_dict()
+        return [
+            put(text(data, suffix), path.with_name(f"{path.name}.report{suffix}"))
+            for suffix in (".json", ".md")
+        ]
 
 
 def speed_words(timing: Timing) -> str:
@@ -217,6 +194,7 @@ def speed_words(timing: Timing) -> str:
     where = f"at batch {timing.sizes['batch']}" if "batch" in timing.sizes else "at fixed shape"
     if "past" in timing.sizes:  # a key-value cache, which a prompt finds empty
         where = f"{'decoding' if timing.sizes['past'] else 'prompt'} {where}"
+    where += f" on {timing.threads} threads" if timing.threads > 1 else ""
     if abs(timing.speedup - 1) <= max(0.05, timing.spread):
         return f"same speed {where}"
     if timing.speedup > 1:
@@ -232,6 +210,22 @@ def fidelity_words(comparisons: tuple[Comparison, ...]) -> str:
     return f"cosine {worst.cosine:.4f} ({worst.sqnr_db:.1f} dB) to the original"
 
 
+def decibels(compared: Mapping[str, Any]) -> float:
+    """SQNR of a comparison as JSON has it: infinite for equal outputs, minus infinite where not finite."""
+    found = compared.get("sqnr_db")
+    if found is not None:
+        return float(found)
+    same = compared.get("cosine") is not None and compared["cosine"] > 1 - 1e-6
+    return math.inf if same else -math.inf
+
+
+def decibel_words(value: float, unit: str = " dB") -> str:
+    """What `decibels` gave."""
+    if math.isinf(value):
+        return "identical" if value > 0 else "not finite"
+    return f"{value:.1f}{unit}"
+
+
 def metric_words(v: Verification) -> str:
     """The metric of the original and of the file; of a perplexity also the change and the divergence."""
     original, file = v.metric["original"], v.metric["file"]
@@ -241,40 +235,8 @@ def metric_words(v: Verification) -> str:
     return f"{words} ({100 * (file / original - 1):+.1f} %), KL {v.kl['file']:.3g} nats/token"
 
 
-def _markdown_verification(v: Verification) -> list[str]:
-    lines = ["## Fidelity", "", f"On {v.inputs}.", ""]
-    lines += [f"{v.stands_in}.", ""] if v.stands_in else []
-    lines += ["| | output | SQNR dB | cosine | max abs | top-1 agreement |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {c.what} | {c.output} | {c.sqnr_db:.1f} | {c.cosine:.5f} | {c.max_abs:.3g} "
-        f"| {100 * c.top1:.2f} % |"
-        for c in v.comparisons
-    ]
-    if v.metric:
-        lines += ["", f"The perplexity is that of {v.measured_on}."] if v.measured_on else []
-        lines += ["", "| metric | original | compressed graph | file |", "|---|---|---|---|"]
-        m, name = v.metric, f"{v.metric_name}, lower is better" if v.lower_is_better else ""
-        lines += [f"| {name} | {m['original']:.5g} | {m['compressed']:.5g} | {m['file']:.5g} |"]
-        if v.kl:
-            what = "KL divergence from the original, nats per token"
-            lines += [f"| {what} | 0 | {v.kl['compressed']:.3g} | {v.kl['file']:.3g} |"]
-    if v.timings:
-        threads = v.environment.get("threads", 1)
-        lines += ["", "## Speed", "", f"{v.environment.get('runtime', '')}, "
-                  f"{threads} thread{'' if threads == 1 else 's'}, {v.environment.get('processor', '')}; "
-                  "medians of interleaved runs against the uncompressed export. The speed-up is the median "
-                  "of the ratios of neighbouring runs, ± half their interquartile range.", ""]  # fmt: skip
-        lines += ["| shape | float ms | compressed ms | speed-up | |", "|---|---|---|---|---|"]
-        for t in v.timings:
-            shape = ", ".join(f"{k}={n}" for k, n in t.sizes.items()) or "fixed"
-            lines.append(
-                f"| {shape} | {t.float_ms:.3f} | {t.compressed_ms:.3f} | {t.speedup:.2f} ± {t.spread:.2f} "
-                f"| {speed_words(t)} |"
-            )
-    return [*lines, ""]
-
-
-def _ratio(before: int, after: int) -> str:
+def ratio_words(before: int, after: int) -> str:
+    """How many times smaller a file is, or larger."""
     ratio = before / after if after else math.inf
     if 0.995 < ratio < 1.005:
         return "same size"
@@ -286,13 +248,14 @@ def size_words(nbytes: int) -> str:
     return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same value as JSON can hold it: infinities and nan are None, tuples lists, keys text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 

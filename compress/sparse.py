@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 import torch
 from torch import Tensor, nn
 
+from compress.augmentation import Augmentation, augmented
 from compress.errors import CalibrationError, PassError
-from compress.training import Augmentation, augmented
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

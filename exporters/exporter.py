@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.graph import Graph
 from compress.pipeline import Pass
+from compress.progress import Progress
 
 
 class Running(Protocol):
@@ -63,6 +64,7 @@ class Exporter(Protocol):
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
         decode: Literal["run", "load"] = "run",
+        progress: Progress | None = None,
     ) -> Artifact:
         """Write under a temporary name, prove the file against the graph, then rename.
 
@@ -75,6 +77,7 @@ class Exporter(Protocol):
                 returns is stored in the file as well.
             decode: "run" keeps weights packed in memory where the target has a kernel for that, "load"
                 has them decoded once when the file is loaded: float speed and float memory.
+            progress: told what is done, and how far it is.
 
         Raises:
             ExportError: the graph cannot be written.

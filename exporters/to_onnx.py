@@ -29,9 +29,10 @@ from compress.exporters.onnx_activations import translations
 from compress.exporters.ort import Session, decoded_on_every_call, runtime
 from compress.exporters.proof import mark_roundings, prove
 from compress.exporters.publish import check_writable, publish, temporary
+from compress.float8 import Float8Weight
 from compress.graph import Graph
 from compress.pipeline import Pass, example_inputs, shapes_to_try
-from compress.progress import quiet
+from compress.progress import Progress, quiet
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,7 +74,9 @@ class OnnxExporter:
                     "which ONNX Runtime has no CPU kernels; convert the module with .float() first"
                 )
         for name, encoded in graph.encodings.items():
-            if not isinstance(encoded, EncodedWeight | CodebookWeight | BitmapWeight | CoreWeight):
+            if not isinstance(
+                encoded, EncodedWeight | CodebookWeight | BitmapWeight | CoreWeight | Float8Weight
+            ):
                 reasons.append(f"{name} is encoded as {encoded.encoding}, which has no ONNX form")
         if graph.submodules:
             reasons.append("the model holds sub-graphs (torch.cond or similar), which are not written yet")
@@ -88,6 +91,7 @@ class OnnxExporter:
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
         decode: Decode = "run",
+        progress: Progress | None = None,
     ) -> Artifact:
         """Write, prove, rename; see `compress.exporters.exporter.Exporter.export`."""
         path = Path(path)
@@ -100,7 +104,7 @@ class OnnxExporter:
         with temporary(path) as folder:
             written = save(model, folder / path.name)
             trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
-            worst = prove(written[0], graph, lowered, [*trials, *samples])
+            worst = prove(written[0], graph, lowered, [*trials, *samples], progress=progress)
             size = sum(f.stat().st_size for f in written)
             artifact = Artifact(written[0], self.target, graph, size, tuple(lowered), worst)
             if results is not None:
@@ -115,10 +119,7 @@ class OnnxExporter:
 
     def write_float(self, graph: Graph, path: Path) -> None:
         """See `compress.exporters.exporter.Exporter.write_float`."""
-        import onnx_ir as ir
-
-        model, _ = build_model(graph, faster=False)
-        ir.save(model, path, external_data=path.name + ".data")
+        save(build_model(graph, faster=False)[0], path)
 
     def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
         """See `compress.exporters.exporter.Exporter.decoded_on_every_call`."""
@@ -145,6 +146,7 @@ def build_model(
     from compress.exporters.onnx_bitmap import lower_bitmaps
     from compress.exporters.onnx_codebook import lower_codebooks
     from compress.exporters.onnx_cores import lower_cores
+    from compress.exporters.onnx_float8 import lower_float8
     from compress.exporters.onnx_forms import faster_forms
     from compress.exporters.onnx_weights import FOLD_BELOW, lower_weights
 
@@ -156,7 +158,9 @@ def build_model(
         bitmaps = {name: weight for name, weight in encoded if isinstance(weight, BitmapWeight)}
         cores = {name: weight for name, weight in encoded if isinstance(weight, CoreWeight)}
         lowered = lower_weights(model, integers, fold_below=fold_below) + lower_cores(model, cores)
+        float8 = {name: weight for name, weight in encoded if isinstance(weight, Float8Weight)}
         lowered += lower_codebooks(model, codebooks) + lower_bitmaps(model, bitmaps)
+        lowered += lower_float8(model, float8)
         if faster:
             faster_forms(model)
         return lowered

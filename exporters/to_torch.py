@@ -21,10 +21,12 @@ from compress.errors import ExportError, OutputError, VerificationError
 from compress.exporters.proof import compare
 from compress.exporters.publish import check_writable, publish, temporary
 from compress.graph import Graph
-from compress.kernels.fuse import HALF, Decode, fuse
+from compress.kernels.fuse import Decode, fuse
+from compress.kernels.products import BY_NAME, HALF
 from compress.kernels.runtime import CompressedModule
 from compress.package import add_metadata, program, read_metadata, read_package, unwritable, write_package
 from compress.pipeline import Pass, example_inputs, shapes_to_try
+from compress.progress import Progress, Silent
 
 _LIMIT_DB = 50.0
 _HALF_DB = 25.0
@@ -66,6 +68,7 @@ class TorchExporter:
         metadata: Mapping[str, Any] | None = None,
         results: Callable[[Artifact], Mapping[str, Any]] | None = None,
         decode: Literal["run", "load"] = "run",
+        progress: Progress | None = None,
     ) -> Artifact:
         """Write, prove, rename; see `compress.exporters.exporter.Exporter.export`."""
         path = Path(path)
@@ -77,7 +80,7 @@ class TorchExporter:
             written = folder / path.name
             write_package(graph, written, {**(metadata or {}), "decode": decode})
             trials = [example_inputs(graph, sizes, seed=1) for sizes in shapes_to_try(graph)]
-            worst = _prove(written, graph, [*trials, *samples])
+            worst = _prove(written, graph, [*trials, *samples], progress or Silent())
             forms = fuse(graph, decode)[1]
             artifact = Artifact(written, self.target, graph, written.stat().st_size, forms, worst)
             if results is not None:
@@ -95,10 +98,18 @@ class TorchExporter:
 
     def decoded_on_every_call(self, artifact: Artifact) -> list[str]:
         """See `compress.exporters.exporter.Exporter.decoded_on_every_call`; only GPUs have a kernel."""
-        products = [form.weight for form in artifact.lowered if "w4_matmul" in form.loads_as]
-        if torch.cuda.is_available():
-            products = [name for name in products if artifact.graph.encodings[name].dtype not in HALF]
-        return sorted(products)
+        products = {
+            form.weight: BY_NAME[name]
+            for form in artifact.lowered
+            for name in form.loads_as.split(" and ")
+            if name in BY_NAME
+        }
+        there, encodings = torch.cuda.is_available(), artifact.graph.encodings
+        return sorted(
+            name
+            for name, product in products.items()
+            if not (there and encodings[name].dtype in product.dtypes)
+        )
 
 
 class RunningModule:
@@ -145,7 +156,7 @@ class RunningModule:
         return once
 
 
-def _prove(path: Path, graph: Graph, trials: Sequence[Sequence[Tensor]]) -> float:
+def _prove(path: Path, graph: Graph, trials: Sequence[Sequence[Tensor]], progress: Progress) -> float:
     """Worst SQNR in dB of the loaded module against the graph, on the CPU, at all trials.
 
     Raises:
@@ -162,11 +173,14 @@ def _prove(path: Path, graph: Graph, trials: Sequence[Sequence[Tensor]]) -> floa
     rounded = rounded or any(node.target in QUANTIZERS for node in graph.ops.nodes)
     names = [name for name in graph.output_names if name is not None]
     worst = float("inf")
+    progress.start("proof", len(trials))
     for inputs in trials:
         shapes = ", ".join(str(list(t.shape)) for t in inputs)
+        progress.step(shapes)
         wanted = graph.named(graph.run(inputs))
         found = dict(zip(names, running(*inputs), strict=True))
         worst = min(worst, compare(found, wanted, _HALF_DB if rounded else _LIMIT_DB, shapes))
+    progress.finish()
     return worst
 
 

@@ -1,17 +1,14 @@
 """Open the written file again and find out what it is worth: fidelity, speed, the user's metric.
 
-Speed is measured against the uncompressed export of the same model on the same runtime: both files in
-one process, one thread, called in turn, so that a busy machine slows both; the figure is the median of
-the pairwise ratios. Slower is an outcome like any other and is reported as such.
+Speed is measured against the uncompressed export of the same model on the same runtime, both files in one
+process (`compress.exporters.timing`).
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,12 @@ from compress.artifact import Artifact, Comparison, Timing, Verification
 from compress.errors import CompressError, InputSpecError, VerificationError
 from compress.exporters import find
 from compress.exporters.exporter import Exporter, Running
+from compress.exporters.timing import time_files
 from compress.graph import Graph
 from compress.inputs import cut, sizes_of
 from compress.kv_cache import decoding, has_cache
 from compress.numerics import Agreement
-from compress.perplexity import Perplexity
+from compress.perplexity import Perplexity, Runner
 from compress.pipeline import example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
 
@@ -41,6 +39,7 @@ def verify(
     samples: Sequence[Sequence[Tensor]] = (),
     described: str = "",
     eval_fn: EvalFn | None = None,
+    original_metric: float | None = None,
     batch_sizes: Sequence[int] = (1, 8, 32),
     threads: int = 1,
     seconds: float = 2.0,
@@ -55,6 +54,7 @@ def verify(
         described: where the samples came from, for the report.
         eval_fn: a metric of a module, higher is better unless it has a true attribute `lower_is_better`; or
             a `Perplexity`.
+        original_metric: what it gives for the original, where that is known already; no perplexity.
         batch_sizes: sizes to time at, where the batch is dynamic; empty to skip timing.
         threads: of the runtime.
         seconds: time spent on each batch size.
@@ -65,39 +65,24 @@ def verify(
         CalibrationError: the text of a perplexity does not fit the model.
     """
     progress = progress or Silent()
-    stages = 0 if eval_fn is None else 1 if isinstance(eval_fn, Perplexity) else 3
     exporter: Exporter = find(artifact.target)
     session = exporter.open(artifact.path, threads=threads)
     if session.stands_in:
         batch_sizes = ()
-    progress.start("verify", 2 + len(batch_sizes) + stages)
+    progress.start("verify", 2 + len(batch_sizes) + _stages(eval_fn, "original", "compressed", "file"))
     plain = artifact.graph.decoded()
-    inputs = _inputs(reference, samples)
+    inputs = inputs_to_try(reference, samples)
     progress.step("fidelity")
     comparisons = _compare(session, plain, reference, inputs)
     progress.step("fusion")
     unfused = exporter.decoded_on_every_call(artifact)
-    measured: dict[str, Any] = {}
-    if isinstance(eval_fn, Perplexity):
-        progress.step("perplexity")
-        measured = _perplexity(eval_fn, reference, plain, session)
-    elif eval_fn is not None:
-        models = {
-            "original": reference.module(),
-            "compressed": plain.module(),
-            "file": FileModule(session, artifact.graph),
-        }
-        metric = {}
-        for name, module in models.items():
-            progress.step(f"metric of the {name}")
-            metric[name] = _evaluate(eval_fn, module)
-        measured = {"metric": metric, "lower_is_better": bool(getattr(eval_fn, "lower_is_better", False))}
+    measured = _measure(eval_fn, reference, plain, session, artifact.graph, original_metric, progress)
     timings, float_bytes = _time(
         exporter, session, reference, inputs[0], batch_sizes, threads, seconds, progress
     )
     progress.finish()
     return Verification(
-        inputs=described or ("calibration samples" if samples else "random inputs"),
+        inputs=described or _described(samples),
         comparisons=tuple(comparisons),
         timings=tuple(timings),
         float_bytes=float_bytes,
@@ -106,6 +91,49 @@ def verify(
         stands_in=session.stands_in,
         **measured,
     )
+
+
+def verify_foreign(
+    session: Running,
+    reference: Graph,
+    *,
+    samples: Sequence[Sequence[Tensor]] = (),
+    described: str = "",
+    eval_fn: EvalFn | None = None,
+    original_metric: float | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare a file of the same model that somebody else wrote, of which there is no graph; untimed.
+
+    Args:
+        session: the file, opened; it has the inputs and outputs of the model.
+        reference, samples, described, eval_fn, original_metric: as for `verify`.
+
+    Raises:
+        VerificationError, InputSpecError, CalibrationError: as for `verify`.
+    """
+    progress = progress or Silent()
+    progress.start("verify", 1 + _stages(eval_fn, "original", "file"))
+    progress.step("fidelity")
+    comparisons = _compare(session, None, reference, inputs_to_try(reference, samples))
+    measured = _measure(eval_fn, reference, None, session, reference, original_metric, progress)
+    progress.finish()
+    return Verification(
+        inputs=described or _described(samples), comparisons=tuple(comparisons),
+        environment=dict(session.environment), **measured,
+    )  # fmt: skip
+
+
+def measure_original(eval_fn: EvalFn, reference: Graph) -> float:
+    """The metric of the uncompressed model.
+
+    Raises:
+        InputSpecError: the metric fails.
+        CalibrationError: the text of a perplexity does not fit the model.
+    """
+    if isinstance(eval_fn, Perplexity):
+        eval_fn.prepare(reference)
+    return _evaluate(eval_fn, reference.module())
 
 
 class FileModule(torch.nn.Module):
@@ -132,7 +160,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _inputs(reference: Graph, samples: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def _described(samples: Sequence[Sequence[Tensor]]) -> str:
+    return "calibration samples" if samples else "random inputs"
+
+
+def inputs_to_try(reference: Graph, samples: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """The samples and, at another shape, a part of the first; or random inputs at two shapes.
 
     With a key-value cache also the second half of a sample, whose cache holds the first.
@@ -145,16 +177,18 @@ def _inputs(reference: Graph, samples: Sequence[Sequence[Tensor]]) -> list[list[
 
 
 def _compare(
-    session: Running, plain: Graph, reference: Graph, inputs: Sequence[Sequence[Tensor]]
+    session: Running, plain: Graph | None, reference: Graph, inputs: Sequence[Sequence[Tensor]]
 ) -> list[Comparison]:
+    """File against original; both against the compressed graph, where there is one."""
     names = [n for n in reference.output_names if n is not None]
     # keys and values of every layer: their shapes are checked, and the logits tell what they are worth
     told = [n for n in names if not (n.startswith("present.") and has_cache(reference.inputs))]
-    pairs = ("file vs original", "compressed graph vs original", "file vs compressed graph")
+    pairs = ["file vs original"]
+    pairs += ["compressed graph vs original", "file vs compressed graph"] if plain else []
     found = {(pair, name): Agreement() for name in told for pair in pairs}
     for sample in inputs:
         original = reference.named(reference.run(sample))
-        compressed = plain.named(plain.run(sample))
+        compressed = plain.named(plain.run(sample)) if plain else original
         written = session(*sample)
         for name, o, c, w in zip(names, original, compressed, written, strict=True):
             if o.shape != w.shape:
@@ -162,7 +196,7 @@ def _compare(
                 raise VerificationError(
                     f"at inputs {shapes} the file's {name} is {list(w.shape)}", expected=f"{list(o.shape)}"
                 )
-            for pair, (a, b) in zip(pairs, ((o, w), (o, c), (c, w)), strict=True):
+            for pair, (a, b) in zip(pairs, ((o, w), (o, c), (c, w)), strict=False):
                 if name in told:
                     found[pair, name].update(a, b)
     return [
@@ -171,16 +205,46 @@ def _compare(
     ]
 
 
-def _perplexity(perplexity: Perplexity, reference: Graph, plain: Graph, session: Running) -> dict[str, Any]:
-    """Fields of `Verification`, from running all three side by side."""
+def _stages(eval_fn: EvalFn | None, *models: str) -> int:
+    return 0 if eval_fn is None else 1 if isinstance(eval_fn, Perplexity) else len(models)
+
+
+def _measure(
+    eval_fn: EvalFn | None,
+    reference: Graph,
+    plain: Graph | None,
+    session: Running,
+    written: Graph,
+    known: float | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fields of `Verification` about the metric; `written` has the signature of the file."""
+    if eval_fn is None:
+        return {}
+    if isinstance(eval_fn, Perplexity):
+        progress.step("perplexity")
+        return _perplexity(eval_fn, reference, plain, session)
+    metric = {}
+    progress.step("metric of the original")
+    metric["original"] = _evaluate(eval_fn, reference.module()) if known is None else known
+    if plain is not None:
+        progress.step("metric of the compressed")
+        metric["compressed"] = _evaluate(eval_fn, plain.module())
+    progress.step("metric of the file")
+    metric["file"] = _evaluate(eval_fn, FileModule(session, written))
+    return {"metric": metric, "lower_is_better": bool(getattr(eval_fn, "lower_is_better", False))}
+
+
+def _perplexity(
+    perplexity: Perplexity, reference: Graph, plain: Graph | None, session: Running
+) -> dict[str, Any]:
+    """Fields of `Verification`, from running all of them side by side."""
     perplexity.prepare(reference)
-    scores = perplexity.compare(
-        {
-            "original": lambda inputs: reference.named(reference.run(inputs)),
-            "compressed": lambda inputs: plain.named(plain.run(inputs)),
-            "file": lambda inputs: session(*inputs),
-        }
-    )
+    models: dict[str, Runner] = {"original": lambda inputs: reference.named(reference.run(inputs))}
+    if plain is not None:
+        models["compressed"] = lambda inputs: plain.named(plain.run(inputs))
+    models["file"] = lambda inputs: session(*inputs)
+    scores = perplexity.compare(models)
     return {
         "metric": {name: score.perplexity for name, score in scores.items()},
         "metric_name": "perplexity",
@@ -220,62 +284,11 @@ def _time(
         baseline = Path(folder) / f"float{exporter.suffix}"
         exporter.write_float(reference, baseline)
         nbytes = sum(f.stat().st_size for f in Path(folder).iterdir())
-        original = exporter.open(baseline, threads=threads)
-        timings = []
-        cases = [(sample, size) for size in (batch_sizes if _has_batch(reference) else [0])]
-        if has_cache(reference.inputs) and not sizes_of(reference.inputs, sample)["past"]:
-            # decoding is what takes the time; of prompts the smallest batch
-            step = decoding(reference, _batch_of(reference, sample, 1), tokens=1)
-            cases = [*((step, size) for _, size in cases), cases[0]]
-        for given, size in cases:
-            progress.step(f"speed at batch {size}" if size else "speed")
-            inputs = _batch_of(reference, given, size)
-            sizes = sizes_of(reference.inputs, inputs)
-            timings.append(_pairwise(original, session, inputs, sizes, seconds))
-    return timings, nbytes
-
-
-def _has_batch(reference: Graph) -> bool:
-    return any(symbol == "batch" for spec in reference.inputs for _, symbol in spec.dynamic)
-
-
-def _batch_of(reference: Graph, sample: Sequence[Tensor], size: int) -> list[Tensor]:
-    """The sample repeated or cut to a batch of this size."""
-    result = []
-    for spec, tensor in zip(reference.inputs, sample, strict=True):
-        for axis, symbol in spec.dynamic:
-            if symbol == "batch":
-                index = torch.arange(size) % tensor.shape[axis]
-                tensor = tensor.index_select(axis, index)
-        result.append(tensor)
-    return result
-
-
-def _pairwise(
-    original: Running, compressed: Running, inputs: Sequence[Tensor], sizes: dict[str, int], seconds: float
-) -> Timing:
-    calls = (original.call(inputs), compressed.call(inputs))
-    pairs: list[tuple[float, float]] = []
-    clock = time.perf_counter
-    end = clock() + seconds
-    while len(pairs) < 5 or (clock() < end and len(pairs) < 300):
-        pair = []
-        for call in calls:
-            call()  # warm: the other file has just been through the caches
-            began = clock()
-            call()
-            pair.append(clock() - began)
-        pairs.append((pair[0], pair[1]))
-    ratios = sorted(a / b for a, b in pairs)
-    quarters = statistics.quantiles(ratios, n=4)
-    return Timing(
-        sizes=sizes,
-        float_ms=1e3 * statistics.median(a for a, _ in pairs),
-        compressed_ms=1e3 * statistics.median(b for _, b in pairs),
-        speedup=statistics.median(ratios),
-        spread=(quarters[2] - quarters[0]) / 2,
-        samples=len(pairs),
-    )
+        files = {"float": exporter.open(baseline, threads=threads), "file": session}
+        found = time_files(
+            files, reference, sample, batch_sizes, threads=threads, seconds=seconds, step=progress.step
+        )
+        return [timing["file"] for timing in found], nbytes
 
 
 def machine() -> dict[str, Any]:

@@ -102,6 +102,8 @@ def test_from_a_file_to_a_proven_file(folder: Path, capsys: pytest.CaptureFixtur
         "net.py:agreement",
         "-o",
         "m.onnx",
+        "--report",
+        "page.html",
         capsys=capsys,
     )
     assert code == 0, err
@@ -109,7 +111,10 @@ def test_from_a_file_to_a_proven_file(folder: Path, capsys: pytest.CaptureFixtur
     assert "smaller" in headline
     assert "metric 1 ->" in headline
     report = json.loads((folder / "m.onnx.report.json").read_text())
-    assert report["headline"] == headline
+    assert report["headline"] == headline and report["kind"] == "run"
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    held = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert json.loads(held) == report
     assert report["artifact"]["bytes"] == (folder / "m.onnx").stat().st_size
     metadata = {p.key: p.value for p in onnx.load("m.onnx").metadata_props}
     assert json.loads(metadata["compress.results"])["metric"]["original"] == 1
@@ -470,6 +475,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "output is a folder": (lambda f: (f / "out").mkdir(), (*GOOD, "-o", "out"), "folder"),
     "output in a missing folder": (nothing, (*GOOD, "-o", "no/m.onnx"), "does not exist"),
     "output where nothing can be written": (nothing, (*GOOD, "-o", "/proc/m.onnx"), "/proc"),
+    "report of an unknown format": (nothing, (*GOOD, "--report", "out.pdf"), r"\.html, \.json, \.md"),
+    "report over the calibration data": (
+        text("a.md", "some words"), (*GOOD, "-c", "a.md", "--report", "a.md"), "one of the files read"
+    ),
     "command with a near miss": (nothing, ("recipe",), "did you mean `compress recipes`"),
     "unknown option": (nothing, (*GOOD, "--recip", "int8"), "--recipe"),
 }  # fmt: skip

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from bench.measure import Measurement, Setup, caller, interleaved, measured
+from bench.measure import Measurement, Setup, caller, measured
 from compress.codebook import CodebookWeight
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 from compress.passes.cleanup import Cleanup
 from compress.passes.quantize_codebook import QuantizeCodebook
 from compress.passes.quantize_weights import QuantizeWeights

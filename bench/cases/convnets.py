@@ -14,8 +14,10 @@ from torch import Tensor
 
 import compress
 from bench import models, peers, train_small
-from bench.measure import Measurement, Setup, caller, interleaved, measured
+from bench.measure import Measurement, Setup, caller, measured
+from compress.exporters import ort_peers
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 
 _CALIBRATION = 512
 _STATIC: dict[str, Any] = {"pass": "quantize_activations"}
@@ -95,7 +97,7 @@ def _speeds(
 
 def _ort_static(graph: compress.Graph, plain: Path, out: Path, images: Tensor) -> Path:
     name = graph.inputs[0].name
-    return peers.ort_static(plain, out, ({name: part.numpy()} for part in images.split(16)))
+    return ort_peers.static(plain, out, ({name: part.numpy()} for part in images.split(16)))
 
 
 def _accuracy(path: Path, images: Tensor, labels: Tensor) -> float:

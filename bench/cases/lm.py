@@ -20,12 +20,13 @@ from bench.measure import (
     caller,
     compress_cli,
     costs,
-    interleaved,
     measured,
     proof,
     true,
 )
+from compress.exporters import ort_peers
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 from compress.numerics import sqnr_db
 
 Logits = Callable[[Tensor], Tensor]
@@ -96,11 +97,11 @@ def _perplexities(
         "float": float_file,
         **files,
         "int4 round-to-nearest (ours)": rtn,
-        "int4 ONNX Runtime RTN": peers.ort_rtn(float_file, setup.work / "ort-rtn.onnx"),
-        "int8 ONNX Runtime dynamic": peers.ort_dynamic(float_file, setup.work / "ort-dynamic.onnx"),
+        "int4 ONNX Runtime RTN": ort_peers.rtn(float_file, setup.work / "ort-rtn.onnx"),
+        "int8 ONNX Runtime dynamic": ort_peers.dynamic(float_file, setup.work / "ort-dynamic.onnx"),
     }
     if not setup.quick:
-        paths["int4 ONNX Runtime HQQ"] = peers.ort_hqq(float_file, setup.work / "ort-hqq.onnx")
+        paths["int4 ONNX Runtime HQQ"] = ort_peers.hqq(float_file, setup.work / "ort-hqq.onnx")
     sessions = {name: Session(path) for name, path in paths.items()}
     found = [
         measured("tied float: vocabulary-sized weights in the file", _tables(tied_float), "", "== 1"),

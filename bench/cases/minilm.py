@@ -20,11 +20,12 @@ from bench.measure import (
     caller,
     compress_cli,
     costs,
-    interleaved,
     measured,
     proof,
 )
+from compress.exporters import ort_peers
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 
 Embed = Callable[[dict[str, Tensor]], Tensor]
 
@@ -105,11 +106,11 @@ def _others(folder: Path, work: Path, quick: bool) -> dict[str, Path]:
         "float": plain,
         "float, our forms": compress.export(graph, work / "float-forms.onnx").path,
         "int4 round-to-nearest (ours)": compress.export(rtn.graph, work / "rtn.onnx").path,
-        "int4 ONNX Runtime RTN": peers.ort_rtn(plain, work / "ort-rtn.onnx"),
+        "int4 ONNX Runtime RTN": ort_peers.rtn(plain, work / "ort-rtn.onnx"),
     }
     if not quick:
-        files["int8 ONNX Runtime dynamic"] = peers.ort_dynamic(plain, work / "ort-dynamic.onnx")
-        files["int4 ONNX Runtime HQQ"] = peers.ort_hqq(plain, work / "ort-hqq.onnx")
+        files["int8 ONNX Runtime dynamic"] = ort_peers.dynamic(plain, work / "ort-dynamic.onnx")
+        files["int4 ONNX Runtime HQQ"] = ort_peers.hqq(plain, work / "ort-hqq.onnx")
     return files
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 import compress
 from bench import peers
-from bench.measure import Measurement, Setup, caller, compress_cli, costs, interleaved, measured, true
+from bench.measure import Measurement, Setup, caller, compress_cli, costs, measured, true
+from compress.exporters import ort_peers
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -113,8 +115,8 @@ def _peers(
     rtn = compress.run(graph, {"passes": [{"pass": "cleanup"}, step]})
     others = {
         "int4 round-to-nearest (ours)": compress.export(rtn.graph, setup.work / f"{name}-rtn.onnx").path,
-        "int8 ONNX Runtime dynamic": peers.ort_dynamic(plain, setup.work / f"{name}-ort-dynamic.onnx"),
-        "int8 ONNX Runtime static": peers.ort_static(
+        "int8 ONNX Runtime dynamic": ort_peers.dynamic(plain, setup.work / f"{name}-ort-dynamic.onnx"),
+        "int8 ONNX Runtime static": ort_peers.static(
             plain, setup.work / f"{name}-ort-static.onnx", ({"image": b.numpy()} for b in train.split(64))
         ),
     }

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import compress
 from bench import models, text
-from bench.measure import Measurement, Setup, caller, interleaved, measured, true
+from bench.measure import Measurement, Setup, caller, measured, true
 from compress.data import load_calibration
 from compress.exporters.ort import Session
+from compress.exporters.timing import interleaved
 from compress.head import HeadBuilder, head_inputs, heads
 from compress.passes.frequency_tiers import FrequencyTiers
 from compress.passes.quantize_weights import QuantizeWeights

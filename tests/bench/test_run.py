@@ -150,14 +150,6 @@ def test_targets(harness):
         measured("x", 1.0, "", "about 2")
 
 
-def test_interleaved_keeps_names_and_compares_with_the_first(harness):
-    from bench.measure import interleaved
-
-    speeds = interleaved({"slow": lambda: sum(range(20000)), "fast": lambda: None}, 0.05)
-    assert speeds["slow"].speedup == 1
-    assert speeds["fast"].speedup > 1
-
-
 def test_slower_must_be_said(harness):
     from bench.measure import losses_are_said
 

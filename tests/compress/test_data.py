@@ -669,3 +669,24 @@ def test_missing_and_broken_tokenizers(tmp_path: Path) -> None:
 def test_the_line_for_no_data_is_one_line() -> None:
     assert describe_missing().startswith("no calibration data: weights are rounded data-free")
     assert "\n" not in describe_missing()
+
+
+@given(count=st.integers(2, 70), data=st.data())
+def test_parts_are_the_first_and_the_last_samples(count: int, data: st.DataObject) -> None:
+    held = data.draw(st.integers(1, count - 1))
+    size = data.draw(st.integers(1, 40))
+    x, y = torch.arange(count * 2.0).reshape(count, 2), torch.arange(count)
+    whole = load_calibration(
+        [(x[i], y[i]) for i in range(count)], inputs=parse_input_specs(["1,2"]), batch_size=size
+    )
+    kept, last = whole.parted(held)
+    assert (kept.num_samples, last.num_samples) == (count - held, held)
+    for part, begin, end in ((kept, 0, count - held), (last, count - held, count)):
+        assert torch.equal(torch.cat([b.inputs[0] for b in part]), x[begin:end])
+        assert torch.equal(torch.cat([b.labels for b in part]), y[begin:end])
+        assert sum(1 for _ in part) == len(part)
+        assert part.sha256 == whole.sha256
+    assert last.description == f"{held} of {whole.description}"
+    for wrong in (0, count):
+        with pytest.raises(ValueError, match="held out"):
+            whole.parted(wrong)

@@ -45,6 +45,7 @@ def path(graph: compress.Graph, tmp_path: Path) -> Path:
         ("tied_lm", "int4"),
         ("products", "int4"),
         ("convnet", "sparse50"),
+        ("encoder", "fp8"),
     ],
 )
 def test_what_is_read_is_what_was_written(name: str, recipe: str, tmp_path: Path) -> None:

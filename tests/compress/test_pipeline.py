@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import compress
+from compress.activations import QUANTIZERS, rounding
 from compress.errors import PassError
+from compress.passes import PASSES
 from compress.pipeline import Context, Pass, PassResult, Pipeline, example_inputs, matches
 from compress.testing import MODELS, make
 
@@ -105,3 +107,29 @@ def test_exact_passes_are_what_later_ones_aim_at(graph: compress.Graph) -> None:
     Pipeline((Lossy(), Exact(), Lossy(), Lossy())).run(graph, Context(graph))
     assert seen[0] is seen[1] is graph
     assert seen[2] is seen[3] is not graph
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"pass": "quantize_weights", "bits": 3},
+        {"pass": "quantize_codebook"},
+        {"pass": "quantize_activations"},
+        {"pass": "quantize_activations", "activations": "static", "symmetric": True, "weight_bits": 4},
+        {"pass": "quantize_fp8"},
+        {"pass": "pack_sparse"},
+    ],
+    ids=lambda step: "-".join(map(str, step.values())),
+)
+def test_passes_say_what_they_leave(step: dict[str, Any]) -> None:
+    """An exporter refuses a recipe for what its passes say; so nothing may be left that was not said."""
+    name, options = step["pass"], {k: v for k, v in step.items() if k != "pass"}
+    said = {str(form) for form in PASSES[name](**options).leaves()}
+    for model in ("convnet", "encoder"):
+        data = [MODELS[model].inputs(4)]
+        found = compress.run(
+            make(model), {"passes": [step]}, inputs=MODELS[model].specs, calibration=data
+        ).graph
+        left = {str(encoded.encoding) for encoded in found.encodings.values()}
+        left |= {str(rounding(node)) for node in found.ops.nodes if node.target in QUANTIZERS}
+        assert left <= said, model

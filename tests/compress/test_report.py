@@ -37,4 +37,4 @@ def test_markdown_gives_the_provenance_in_words(report: Report) -> None:
     assert "- seed: 0\n" in text
     assert "- versions: compress " in text
     assert "{" not in text and "None" not in text
-    assert ", 2 threads, " in text
+    assert "2 threads; medians" in text
