@@ -24,12 +24,12 @@ import click
 from click.core import ParameterSource
 from rich.table import Table
 
-from compress.bench_command import bench
 from compress.console import (
     STDOUT,
     Watching,
     integers,
     mean_and_std,
+    show_benchmark,
     show_divergence,
     show_profile,
     show_report,
@@ -37,7 +37,14 @@ from compress.console import (
     trusting,
 )
 from compress.errors import CompressError, GoalMissed, InputSpecError
-from compress.options import data_options, diff_options, run_options, source_options, tensorrt_options
+from compress.options import (
+    bench_options,
+    data_options,
+    diff_options,
+    run_options,
+    source_options,
+    tensorrt_options,
+)
 
 
 class _CompressByDefault(click.Group):
@@ -329,7 +336,85 @@ def diff(
         show_divergence(found)
 
 
-cli.add_command(bench)
+def _print_schema(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Of all reports; ends the command."""
+    if not wanted or context.resilient_parsing:
+        return
+    from compress.schemas import report_schema
+
+    click.echo(json.dumps(report_schema(), indent=2))
+    context.exit()
+
+
+@cli.command()
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=_print_schema,
+              help="Print the JSON schema of reports, of runs and of benchmarks.")  # fmt: skip
+@source_options
+@data_options
+@bench_options
+def bench(
+    source: str, model: str | None, inputs: tuple[str, ...], kv_cache: bool | None, trust: bool,
+    calibration: str | None, tokenizer: str | None, normalize: str | None, samples: int, max_memory: str,
+    seed: int, recipes: str, peers: str, metric: str | None, batch_sizes: str, threads: str, seconds: float,
+    reports: tuple[Path, ...], folder: Path | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure recipes, and other quantizers, side by side.
+
+    Every file is written, proven and compared with the original, then all of them are timed in one
+    interleaved run. What fails is said, and takes nothing from the rest; so does Ctrl-C, which ends the
+    recipe it falls into. The result is written as it grows.
+    """
+    import compress
+    from compress.api import check_output
+    from compress.perplexity import PERPLEXITY, metric_named
+    from compress.report_files import check
+
+    sizes, counts = integers("--batch-sizes", batch_sizes), integers("--threads", threads)
+    if not counts:
+        raise InputSpecError("--threads is empty", expected='positive numbers, as in "1,2"')
+    memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)
+    paths = reports or (Path(f"{Path(source).resolve().name.split('.')[0]}-bench.json"),)
+    names = _words(recipes)
+    read = (source, model, calibration, tokenizer, (metric or "").removeprefix(PERPLEXITY), *names)
+    for path in paths:
+        check(path, read)
+        check_output(path, keep=read)
+    eval_fn = metric_named(metric, tokenizer) if metric else None
+
+    def write(result: compress.Benchmark) -> None:
+        for path in paths:
+            result.write(path)
+        if any(e.status == "interrupted" for e in result.entries.values()) and not told:
+            told.append(True)
+            click.echo("compress: timing what is finished; Ctrl-C again stops that, too", err=True)
+
+    told: list[bool] = []
+
+    with Watching(quiet) as progress:
+        result = trusting(
+            lambda ok: compress.benchmark(
+                source, names, peers=_words(peers), eval_fn=eval_fn, batch_sizes=sizes, threads=counts,
+                seconds=seconds, folder=folder, on_change=write, calibration=calibration, seed=seed,
+                inputs=inputs, model=model, trust=ok, kv_cache=kv_cache, tokenizer=tokenizer,
+                normalize=norm, samples=samples, max_memory=memory, progress=progress,
+            ),
+            trust,
+            progress,
+        )  # fmt: skip
+    if not quiet:
+        show_benchmark(result)
+        click.echo(f"wrote {', '.join(map(str, paths))}")
+    click.echo(result.headline())
+    for entry in result.failed:
+        click.echo(f"compress: {entry.name} {entry.status}: {entry.error}", err=True)
+    if not result.complete:
+        click.echo("compress: stopped before the end; what was finished is written", err=True)
+        sys.exit(130)
+    sys.exit(0 if result.ok else 1)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 @cli.command()

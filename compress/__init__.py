@@ -7,10 +7,20 @@ print(compress.verify(artifact, result.reference))
 
 from __future__ import annotations
 
-from compress.api import Result, diff, export, load, profile, random_masks, run, sparse_train, verify
+from compress.api import (
+    Result,
+    benchmark,
+    diff,
+    export,
+    load,
+    profile,
+    random_masks,
+    run,
+    sparse_train,
+    verify,
+)
 from compress.artifact import Artifact, Verification
 from compress.benchmark_result import Benchmark
-from compress.benchmarking import benchmark
 from compress.bitmap import BitmapEncoding, BitmapWeight
 from compress.capture import capture
 from compress.codebook import CodebookEncoding, CodebookWeight

@@ -1,4 +1,4 @@
-"""The calls everything else is made of: capture, run, export, verify, load; and sparse training.
+"""The calls everything else is made of: capture, run, export, verify, load, benchmark; and sparse training.
 
 This is the one core module that looks up passes and exporters, and it does so when it is called, so
 importing `compress` needs only torch.
@@ -17,6 +17,9 @@ from torch import Tensor, fx
 
 from compress.artifact import Artifact, Verification
 from compress.augmentation import Augmentation
+from compress.benchmark_result import Benchmark
+from compress.benchmarking import Tools
+from compress.benchmarking import benchmark as benchmark_files
 from compress.capture import Source, capture
 from compress.data import describe_missing
 from compress.divergence import Divergence
@@ -28,7 +31,7 @@ from compress.inputs import InputSpec
 from compress.kv_cache import has_cache
 from compress.layer_profile import Profile
 from compress.layer_profile import profile as profile_graph
-from compress.perplexity import Perplexity
+from compress.perplexity import EvalFn, Perplexity
 from compress.pipeline import Context, Pass, Pipeline
 from compress.progress import Progress, Silent
 from compress.recipe import Recipe
@@ -36,8 +39,6 @@ from compress.recipes import RecipeLike, resolve
 from compress.report import Report, provenance, versions
 from compress.sparse import TrainingData, prunable, train
 from compress.two_models import diff as diff_models
-
-EvalFn = Callable[[torch.nn.Module], float]
 
 
 @dataclass
@@ -270,6 +271,24 @@ def profile(
     data = read_calibration(calibration, reference, tokenizer, samples, normalize, seed)
     graph = Cleanup.model_validate({}).apply(reference, Context(reference)).graph
     return profile_graph(graph, drafts, ranks, data, max_memory=max_memory, progress=progress)
+
+
+def benchmark(
+    source: Source,
+    recipes: Sequence[RecipeLike] | Mapping[str, RecipeLike] = ("int8", "int4"),
+    **options: Any,
+) -> Benchmark:
+    """Compress a model by several recipes and hold the files against each other and the uncompressed one.
+
+    Args:
+        source: anything `run` takes.
+        recipes: as for `run`; a mapping gives them names of their own.
+        options: of `compress.benchmarking.benchmark`: peers, eval_fn, calibration, batch_sizes, threads, ...
+    """
+    from compress.exporters.side_by_side import SideBySide
+
+    tools = Tools(pass_table, check_graph, run, export, verify, SideBySide)
+    return benchmark_files(tools, source, recipes, **options)
 
 
 def diff(a: Source, b: Source, **options: Any) -> Divergence:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.api import EvalFn, check_graph, export, pass_table, run, verify
-from compress.artifact import Artifact
+from compress.artifact import Artifact, Timing, Verification
 from compress.benchmark_result import Baseline, Benchmark, Entry
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing
@@ -28,7 +27,8 @@ from compress.errors import CompressError, InputSpecError, RecipeError
 from compress.examples import described, first_sample, read_calibration, some_samples
 from compress.graph import Graph
 from compress.inputs import InputSpec
-from compress.perplexity import Perplexity
+from compress.perplexity import EvalFn, Perplexity
+from compress.pipeline import Pass
 from compress.progress import Progress, Silent
 from compress.recipes import RecipeLike, resolve
 from compress.report import provenance
@@ -43,7 +43,50 @@ _HELD = (8, 64)
 """One sample of this many is held out, and no more than so many."""
 
 
+class Files(Protocol):
+    """Files of one model in a runtime; `compress.exporters.side_by_side.SideBySide` says what does what."""
+
+    def peers(self) -> list[str]: ...
+
+    def unsuitable(self, peer: str, file: Path, calibrated: bool) -> str: ...
+
+    def quantize(self, peer: str, file: Path, path: Path, data: CalibrationData | None) -> Path: ...
+
+    def write_float(self, path: Path) -> None: ...
+
+    def environment(self, file: Path) -> dict[str, Any]: ...
+
+    def metric(self, eval_fn: EvalFn) -> float: ...
+
+    def verify(self, path: Path, **options: Any) -> Verification: ...
+
+    def peak_memory(self, path: Path) -> int | None: ...
+
+    def open(self, files: Mapping[str, Path], threads: int) -> tuple[dict[str, Any], dict[str, str]]: ...
+
+    def time(
+        self, opened: Mapping[str, Any], threads: int, seconds: float, step: Callable[[str], object]
+    ) -> Iterator[dict[str, Timing]]: ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What `compress.api` lends: its calls of these names, and the files of a model.
+
+    Attributes:
+        files: (reference, flat samples, batch sizes, thread counts) -> `Files`.
+    """
+
+    pass_table: Callable[[], Mapping[str, type[Pass]]]
+    check_graph: Callable[[Graph], object]
+    run: Callable[..., Any]
+    export: Callable[..., Artifact]
+    verify: Callable[..., Verification]
+    files: Callable[..., Files]
+
+
 def benchmark(
+    tools: Tools,
     source: Source,
     recipes: Sequence[RecipeLike] | Mapping[str, RecipeLike] = ("int8", "int4"),
     *,
@@ -78,6 +121,7 @@ def benchmark(
     the result is returned, not complete.
 
     Args:
+        tools: given by `compress.benchmark`.
         source: anything `run` takes.
         recipes: as for `run`; a mapping gives them names of their own.
         peers: "ort": ONNX Runtime's quantizers that suit the model, on the same samples.
@@ -95,21 +139,18 @@ def benchmark(
         CompressError: the model, the data, the metric or a recipe's text are at fault, before anything runs.
     """
     began = time.perf_counter()
-    plans = _plans(recipes)
+    plans = _plans(recipes, tools.pass_table())
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise InputSpecError(f"there is no peer {unknown[0]!r}", expected=f"one of {', '.join(PEERS)}")
     if not threads or min(threads) < 1:
         raise InputSpecError(f"threads are {list(threads)}", expected="at least one positive number")
-    from compress.exporters import find
-
     stages = _Stages(progress or Silent())
     stages.start("capture", 0)
-    exporter = find("onnx")
     if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
         example_inputs, calibration = first_sample(calibration, source)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
-    check_graph(reference)
+    tools.check_graph(reference)
     if isinstance(eval_fn, Perplexity):
         eval_fn.prepare(reference)
     data = read_calibration(calibration, reference, tokenizer, samples, normalize, seed)
@@ -125,9 +166,11 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-bench-")))
         place.mkdir(parents=True, exist_ok=True)
+        shown = some_samples(held, reference)
+        files = tools.files(reference, shown, batch_sizes, threads)
         work = _Work(
-            result, reference, kept, some_samples(held, reference), eval_fn, exporter, place,
-            folder is not None, tuple(batch_sizes), tuple(threads), stages, seed, max_memory,
+            tools, files, result, reference, kept, shown, eval_fn, place, folder is not None,
+            tuple(threads) if batch_sizes else (), stages, seed, max_memory,
             on_change or (lambda benchmark: None), began,
         )  # fmt: skip
         work.everything(plans, seconds, "ort" in peers)
@@ -138,30 +181,27 @@ def benchmark(
 class _Work:
     """One benchmark under way."""
 
+    tools: Tools
+    files: Files
     result: Benchmark
     reference: Graph
     data: CalibrationData | None
     samples: list[tuple[Tensor, ...]]
     eval_fn: EvalFn | None
-    exporter: Any
     folder: Path
     keep: bool
-    batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
     stages: _Stages
     seed: int
     max_memory: int
     on_change: Callable[[Benchmark], object]
     began: float
-    files: dict[str, Path] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
     stopped: bool = False
 
     def everything(self, plans: Mapping[str, RecipeLike], seconds: float, ort: bool) -> None:
         """The baseline, the recipes, the peers, the timing."""
-        from compress.exporters.ort_peers import ORT_PEERS
-        from compress.exporters.verify import machine
-
-        others = {peer.name: peer for peer in ORT_PEERS} if ort else {}
+        others = self.files.peers() if ort else []
         both = sorted(set(plans) & set(others))
         if both:
             raise RecipeError(f"{both[0]} is the name of a peer", fix="give the recipe another name")
@@ -170,11 +210,9 @@ class _Work:
         for name in others:
             self.result.entries[name] = Entry(name, "onnxruntime", self.result.baseline)
         self._baseline()
-        opened = self.exporter.open(self.files[_FLOAT])
-        self.result.provenance["machine"] = {**machine(), **opened.environment}
-        del opened
+        self.result.provenance["machine"] = self.files.environment(self.paths[_FLOAT])
         try:
-            self._entries(plans, others)
+            self._entries(plans)
         except KeyboardInterrupt:  # between two entries
             self.stopped = True
         try:
@@ -185,16 +223,16 @@ class _Work:
         self.result.complete = not self.stopped
         self._changed()
 
-    def _entries(self, plans: Mapping[str, RecipeLike], others: Mapping[str, Any]) -> None:
+    def _entries(self, plans: Mapping[str, RecipeLike]) -> None:
         count = len(self.result.entries)
         for number, (name, entry) in enumerate(self.result.entries.items(), 1):
             self.stages.prefix = f"{name} ({number} of {count}): "
             if name in plans:
                 self._attempt(entry, partial(self._recipe, plans[name]))
                 continue
-            entry.error = others[name].unsuitable(self.files[_FLOAT], self.data is not None)
+            entry.error = self.files.unsuitable(name, self.paths[_FLOAT], self.data is not None)
             if not entry.error:
-                self._attempt(entry, partial(self._peer, others[name]))
+                self._attempt(entry, self._peer)
 
     def _changed(self) -> None:
         self.result.mark_front()
@@ -222,34 +260,34 @@ class _Work:
         self._changed()
 
     def _baseline(self) -> None:
-        from compress.exporters.verify import measure_original
-
         base, path = self.result.baseline, self._path("float")
         self.stages.start("float export", 0)
-        self.exporter.write_float(self.reference, path)
-        self.files[_FLOAT] = path
+        self.files.write_float(path)
+        self.paths[_FLOAT] = path
         base.nbytes, base.path = _size(path), path if self.keep else None
-        base.peak_memory = self._memory(path)
+        base.peak_memory = self.files.peak_memory(path)
         if self.eval_fn is not None:
             self.stages.start("metric of the original", 0)
-            base.metric = measure_original(self.eval_fn, self.reference)
+            base.metric = self.files.metric(self.eval_fn)
             base.lower_is_better = bool(getattr(self.eval_fn, "lower_is_better", False))
             base.metric_name = "perplexity" if isinstance(self.eval_fn, Perplexity) else "metric"
 
     def _recipe(self, plan: RecipeLike, entry: Entry) -> None:
         began = time.perf_counter()
-        done = run(
+        done = self.tools.run(
             self.reference, plan, calibration=self.data, seed=self.seed, max_memory=self.max_memory,
             progress=self.stages,
         )  # fmt: skip
         report = done.report
 
         def results(artifact: Artifact) -> dict[str, Any]:
-            report.verification = verify(artifact, self.reference, **self._judging(), batch_sizes=())
+            options = {**self._judging(), "batch_sizes": ()}
+            report.verification = self.tools.verify(artifact, self.reference, **options)
             return report.verification.stored()
 
         self.stages.start("export", 0)
-        artifact = export(done.graph, self._path(entry.name), samples=done.samples[:1], results=results)
+        path = self._path(entry.name)
+        artifact = self.tools.export(done.graph, path, samples=done.samples[:1], results=results)
         assert report.verification is not None
         report.artifact = artifact
         report.verification = replace(report.verification, float_bytes=entry.baseline.nbytes)
@@ -257,15 +295,10 @@ class _Work:
         entry.report = report
         self._written(entry, artifact.path, report.verification)
 
-    def _peer(self, peer: Any, entry: Entry) -> None:
-        from compress.exporters.ort_peers import arrays
-        from compress.exporters.verify import verify_foreign
-
+    def _peer(self, entry: Entry) -> None:
         self.stages.start("quantize", 0)
-        real = arrays(self.reference, self.data.inputs() if self.data else ())
-        path = peer.write(self.files[_FLOAT], self._path(entry.name), real)
-        session = self.exporter.open(path, threads=self.threads[0])
-        self._written(entry, path, verify_foreign(session, self.reference, **self._judging()))
+        path = self.files.quantize(entry.name, self.paths[_FLOAT], self._path(entry.name), self.data)
+        self._written(entry, path, self.files.verify(path, **self._judging()))
 
     def _judging(self) -> dict[str, Any]:
         """What both kinds of files are compared by."""
@@ -277,63 +310,31 @@ class _Work:
             "progress": self.stages,
         }
 
-    def _written(self, entry: Entry, path: Path, verification: Any) -> None:
+    def _written(self, entry: Entry, path: Path, verification: Verification) -> None:
         entry.nbytes, entry.path = _size(path), path if self.keep else None
         entry.fidelity = [c for c in verification.comparisons if c.what == "file vs original"]
         entry.metric = verification.metric.get("file")
         self.stages.start("memory", 0)
-        entry.peak_memory = self._memory(path)
-        self.files[entry.name] = path
-
-    def _memory(self, path: Path) -> int | None:
-        from compress.exporters.memory import peak_memory
-        from compress.exporters.ort_peers import arrays
-
-        (given,) = arrays(self.reference, [self._batch(self.batch_sizes[0] if self.batch_sizes else 1)])
-        return peak_memory(path, given, threads=self.threads[0])
-
-    def _batch(self, size: int) -> list[Tensor]:
-        from compress.exporters.timing import batch_of
-        from compress.exporters.verify import inputs_to_try
-
-        return batch_of(self.reference, inputs_to_try(self.reference, self.samples)[0], size)
+        entry.peak_memory = self.files.peak_memory(path)
+        self.paths[entry.name] = path
 
     def _time(self, seconds: float) -> None:
         """All files together; the figures go to their entries as they come."""
-        if not self.batch_sizes or not self.result.finished:
-            return
-        from compress.exporters.timing import time_files
-        from compress.exporters.verify import inputs_to_try
-
-        sample = inputs_to_try(self.reference, self.samples)[0]
-        for threads in self.threads:
+        for threads in self.threads if self.result.finished else ():
             self.stages.prefix = ""
             self.stages.start(f"timing on {threads} thread{'' if threads == 1 else 's'}", 0)
-            sessions = self._opened(threads)
-            found = time_files(
-                sessions, self.reference, sample, self.batch_sizes, threads=threads,
-                seconds=seconds * len(sessions), step=self.stages.step,
-            )  # fmt: skip
-            for timings in found:
+            paths = {_FLOAT: self.paths[_FLOAT], **{e.name: self.paths[e.name] for e in self.result.finished}}
+            opened, failed = self.files.open(paths, threads)
+            for name, problem in failed.items():
+                entry = self.result.entries[name]
+                entry.status, entry.error = "failed", " ".join(problem.split())
+            for timings in self.files.time(opened, threads, seconds, self.stages.step):
                 self.result.baseline.timings.append(timings.pop(_FLOAT))
                 for name, timing in timings.items():
                     self._timed(self.result.entries[name], timing)
                 self._changed()
 
-    def _opened(self, threads: int) -> dict[str, Any]:
-        """Every finished file, once it has run at the largest size."""
-        largest = self._batch(max(self.batch_sizes))
-        sessions = {_FLOAT: self.exporter.open(self.files[_FLOAT], threads=threads)}
-        for entry in self.result.finished:
-            try:
-                sessions[entry.name] = self.exporter.open(self.files[entry.name], threads=threads)
-                sessions[entry.name](*largest)
-            except CompressError as error:
-                sessions.pop(entry.name, None)
-                entry.status, entry.error = "failed", " ".join(error.problem.split())
-        return sessions
-
-    def _timed(self, entry: Entry, timing: Any) -> None:
+    def _timed(self, entry: Entry, timing: Timing) -> None:
         entry.timings.append(timing)
         if entry.report is not None and entry.report.verification is not None:
             entry.report.verification = replace(entry.report.verification, timings=tuple(entry.timings))
@@ -358,7 +359,9 @@ class _Stages:
         self.progress.finish()
 
 
-def _plans(recipes: Sequence[RecipeLike] | Mapping[str, RecipeLike]) -> dict[str, RecipeLike]:
+def _plans(
+    recipes: Sequence[RecipeLike] | Mapping[str, RecipeLike], table: Mapping[str, type[Pass]]
+) -> dict[str, RecipeLike]:
     """Recipes by name, read and checked."""
     if isinstance(recipes, str):
         raise RecipeError(f"recipes is {recipes!r}", expected="a list of recipes", fix=f"[{recipes!r}]")
@@ -369,7 +372,7 @@ def _plans(recipes: Sequence[RecipeLike] | Mapping[str, RecipeLike]) -> dict[str
     for given, recipe in named:
         plan = resolve(recipe)
         if plan is not None:
-            plan.build(pass_table())
+            plan.build(table)
         name = given or (plan.name if plan is not None else "custom")
         if name in plans or name == "float":
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,3 +212,60 @@ def show_divergence(found: Any) -> None:
     for note in found.notes:
         click.echo(f"note: {note}")
     click.echo(found.headline())
+
+
+def show_benchmark(result: Any) -> None:
+    """A table of the figures, and a line of words for each entry."""
+    from compress.report import size_words
+
+    base = result.baseline
+    cases = [(t.sizes, t.threads) for t in base.timings]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    headings = ["file", "memory", *(f"ms {_where(*case)}" for case in cases), "SQNR dB", "cosine", "top-1"]
+    headings += [] if base.metric is None else [base.metric_name]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=not heading.startswith("ms"))
+    table.add_column("")
+    figures = [
+        _figure(base.nbytes / 1e6, 2),
+        _memory(base),
+        *(_figure(t.compressed_ms, 3) for t in base.timings),
+    ]
+    last = [] if base.metric is None else [f"{base.metric:.4g}"]
+    table.add_row("float", *figures, "", "", "", *last, "")
+    for entry in result.finished:
+        times = {(str(t.sizes), t.threads): t.compressed_ms for t in entry.timings}
+        table.add_row(
+            entry.name,
+            size_words(entry.nbytes),
+            _memory(entry),
+            *(_figure(times.get((str(sizes), threads)), 3) for sizes, threads in cases),
+            _figure(entry.sqnr_db, 1),
+            _figure(entry.cosine, 4),
+            _figure(entry.top1, 4),
+            *([] if base.metric is None else [f"{entry.metric:.4g}" if entry.metric is not None else ""]),
+            "Pareto" if entry.pareto else "",
+        )
+    STDOUT.print(table)
+    for entry in result.entries.values():
+        click.echo(f"{entry.name}: {entry.headline()}")
+    click.echo(f"calibrated on {result.calibration}; fidelity on {result.held_out}")
+    click.echo("Pareto: by size, the first column of times, and quality; times within noise are equal")
+    for warning in result.warnings:
+        click.echo(f"note: {warning}", err=True)
+
+
+def _where(sizes: dict[str, int], threads: int) -> str:
+    words = " ".join(f"{name} {size}" for name, size in sizes.items()) or "fixed"
+    return f"{words}, {threads} threads" if threads > 1 else words
+
+
+def _memory(of: Any) -> str:
+    from compress.report import size_words
+
+    return "" if of.peak_memory is None else size_words(of.peak_memory)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"

@@ -40,6 +40,9 @@ WINDOWS = 64
 _BATCH = 4
 """Windows at a time where the batch is dynamic: logits of a large vocabulary take 100 MB."""
 
+EvalFn = Callable[[torch.nn.Module], float]
+"""A metric of a module: higher is better, unless it has a true attribute `lower_is_better`."""
+
 Runner = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Flat inputs -> the outputs that have a name."""
 

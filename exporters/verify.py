@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,9 @@ from compress.graph import Graph
 from compress.inputs import cut, sizes_of
 from compress.kv_cache import decoding, has_cache
 from compress.numerics import Agreement
-from compress.perplexity import Perplexity, Runner
+from compress.perplexity import EvalFn, Perplexity, Runner
 from compress.pipeline import example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
-
-EvalFn = Callable[[torch.nn.Module], float]
 
 
 def verify(

@@ -22,7 +22,6 @@ MAY_IMPORT = {
     "cli.py": {"compress", "kernels", "passes", "exporters", "api"},
 }
 FOLDERS = ("kernels", "passes", "exporters")
-ON_TOP = tuple(ROOT / "compress" / name for name in ("api.py", "benchmarking.py", "bench_command.py"))
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -66,16 +65,14 @@ def room_of(module: str) -> str | None:
         return f"bare {parts[0]}"
     if parts[0] != "compress":
         return None
-    if len(parts) > 1 and parts[1] in ("benchmarking", "bench_command"):
-        return "api"
     return parts[1] if len(parts) > 1 and parts[1] in (*FOLDERS, "cli", "api") else "compress"
 
 
 @pytest.mark.parametrize(("room", "path"), sources(), ids=lambda v: str(getattr(v, "name", v)))
 def test_arrows(room: str, path: Path) -> None:
     allowed = MAY_IMPORT[room] | {room}
-    if path in ON_TOP:
-        allowed |= {*FOLDERS, "api"}  # with cli.py: they look passes and exporters up
+    if path == ROOT / "compress" / "api.py":
+        allowed |= {*FOLDERS}  # on top with cli.py: it looks passes and exporters up
     if path == ROOT / "compress" / "__init__.py":
         allowed |= {"api"}  # the public names
     for module in imported(path):
@@ -84,9 +81,9 @@ def test_arrows(room: str, path: Path) -> None:
 
 
 def test_the_api_looks_backends_up_lazily() -> None:
-    for path in ON_TOP:
-        for module in imports_in(at_import_time(ast.parse(path.read_text()))):
-            assert room_of(module) in (None, "compress", "api"), f"{path.name} imports {module} at the top"
+    tree = ast.parse((ROOT / "compress" / "api.py").read_text())
+    for module in imports_in(at_import_time(tree)):
+        assert room_of(module) in (None, "compress"), f"api.py imports {module} at the top"
 
 
 def test_solvers_know_no_graph() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import compress
-from compress import benchmarking
+from compress import api
 from compress.errors import InputSpecError, PassError, RecipeError
 from compress.pipeline import Context, PassResult
 from compress.schemas import report_schema
@@ -170,6 +170,6 @@ def test_what_is_wrong_is_said_before_anything_runs(
     def never(*_: object, **__: object) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(benchmarking, "run", never)
+    monkeypatch.setattr(api, "run", never)
     with pytest.raises(error, match=words):
         compress.benchmark(make("convnet"), **{"inputs": MODELS["convnet"].specs, **wrong})
