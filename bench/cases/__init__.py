@@ -219,6 +219,7 @@ CASES: dict[str, Case] = {
                 "package:onnxruntime",
                 "data/mnist.npz",
                 "data/cifar10.npz",
+                "data/cifar10_jpeg.npz",
                 "data/wikitext2.train.txt.gz",
                 "models/mlpnet_mnist.safetensors",
                 "models/resnet20_cifar10_chita.safetensors",
