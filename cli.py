@@ -115,7 +115,7 @@ def run(
     read = (source, recipe, model, calibration, tokenizer, (metric or "").removeprefix(PERPLEXITY))
     check_output(path, target, read, recipe, **options)
     if report_file is not None:
-        check_report(report_file, read)
+        check_report(report_file, (*read, path))
     eval_fn = metric_named(metric, tokenizer) if metric else None
     if last_logits and isinstance(eval_fn, compress.Perplexity):
         raise InputSpecError(
@@ -407,7 +407,7 @@ def bench(
     click.echo(result.headline())
     for entry in result.failed:
         click.echo(f"compress: {entry.name} {entry.status}: {entry.error}", err=True)
-    if not result.complete:
+    if result.interrupted:
         click.echo("compress: stopped before the end; what was finished is written", err=True)
         sys.exit(130)
     sys.exit(0 if result.ok else 1)

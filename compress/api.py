@@ -34,6 +34,7 @@ from compress.layer_profile import profile as profile_graph
 from compress.perplexity import EvalFn, Perplexity
 from compress.pipeline import Context, Pass, Pipeline
 from compress.progress import Progress, Silent
+from compress.publish import check_apart
 from compress.recipe import Recipe
 from compress.recipes import RecipeLike, resolve
 from compress.report import Report, provenance, versions
@@ -424,10 +425,7 @@ def check_output(
     from compress.exporters import find
 
     path = Path(path)
-    for given in keep:
-        for name in {given or "", (given or "").rpartition(":")[0]} - {""}:
-            if path.exists() and Path(name).exists() and path.samefile(name):
-                raise OutputError(f"{path} is one of the files read", fix="choose another name with -o")
+    check_apart(path, keep)
     exporter = find(target, **options)
     exporter.check(path)
     if recipe is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from compress.report import (
     Report,
     fidelity_words,
     finite,
+    noise,
     ratio_words,
     size_words,
     speed_words,
@@ -112,17 +113,17 @@ class Entry:
     @property
     def sqnr_db(self) -> float:
         """Signal to noise against the original in dB, of the worst output; nan where it did not run."""
-        return min((c.sqnr_db for c in self.fidelity), default=math.nan)
+        return _least([c.sqnr_db for c in self.fidelity])
 
     @property
     def cosine(self) -> float:
         """To the original, mean over rows, of the worst output."""
-        return min((c.cosine for c in self.fidelity), default=math.nan)
+        return _least([c.cosine for c in self.fidelity])
 
     @property
     def top1(self) -> float:
         """Fraction of rows with the original's argmax, of the worst output."""
-        return min((c.top1 for c in self.fidelity), default=math.nan)
+        return _least([c.top1 for c in self.fidelity])
 
     @property
     def drop(self) -> float:
@@ -134,8 +135,11 @@ class Entry:
 
     @property
     def quality(self) -> float:
-        """What the Pareto front goes by, larger is better: the negative drop of the metric, else the SQNR."""
-        return self.sqnr_db if math.isnan(self.drop) else -self.drop
+        """What the Pareto front goes by, larger is better: the negative drop of the metric, else the SQNR.
+
+        Where the original has a metric, a file without a finite one is no match for any other: nan.
+        """
+        return -self.drop if self.baseline.metric is not None else self.sqnr_db
 
     def headline(self) -> str:
         """One line: size, speed, metric, fidelity; a loss is said as plainly as a gain."""
@@ -195,7 +199,8 @@ class Benchmark:
         held_out: what fidelity was measured on.
         baseline: the uncompressed export.
         entries: in the order they were asked for, recipes first.
-        complete: False while it runs, and where it was stopped.
+        complete: False while it runs, where it was stopped, and where the timing failed.
+        interrupted: whether the user stopped it.
         seconds: the whole run took.
         warnings: what the user should know.
     """
@@ -206,6 +211,7 @@ class Benchmark:
     baseline: Baseline
     entries: dict[str, Entry] = field(default_factory=dict)
     complete: bool = False
+    interrupted: bool = False
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
@@ -317,14 +323,17 @@ class Benchmark:
             if any(entry.timings for entry in self.finished):
                 fast = self.best("speed")
                 parts.append(f"fastest: {fast.name} ({speed_words(fast.timings[0])})")
-            near = self.best("quality")
-            words = f"{near.sqnr_db:.1f} dB"
-            if near.metric is not None:
-                words = f"{self.baseline.metric_name} {self.baseline.metric:.4g} -> {near.metric:.4g}"
-            parts.append(f"closest to the original: {near.name} ({words})")
+            if any(not math.isnan(entry.quality) for entry in self.finished):
+                parts.append(self._nearest(self.best("quality")))
         parts += [f"{entry.name} {entry.status.upper()}" for entry in self.failed]
         parts += [] if self.complete else ["NOT COMPLETE"]
         return ", ".join(parts) or "nothing to compare"
+
+    def _nearest(self, entry: Entry) -> str:
+        if entry.metric is None or self.baseline.metric is None:
+            return f"closest to the original: {entry.name} ({entry.sqnr_db:.1f} dB)"
+        metrics = f"{self.baseline.metric:.4g} -> {entry.metric:.4g}"
+        return f"best {self.baseline.metric_name}: {entry.name} ({metrics})"
 
     # -- as data -----------------------------------------------------------------------------------
 
@@ -369,9 +378,9 @@ class Benchmark:
         return write(self.as_dict(), Path(path))
 
 
-def _slack(timing: Timing) -> float:
-    """Relative difference of two times that is noise."""
-    return max(0.05, timing.spread)
+def _least(values: Sequence[float]) -> float:
+    """The least of them, nan where there is none; nan is less than all."""
+    return math.nan if not values or any(map(math.isnan, values)) else min(values)
 
 
 def _dominates(one: Entry, other: Entry) -> bool:
@@ -381,7 +390,7 @@ def _dominates(one: Entry, other: Entry) -> bool:
     better = [one.nbytes < other.nbytes, quality[0] > quality[1]]
     if one.timings and other.timings:
         a, b = one.timings[0], other.timings[0]
-        slack = max(_slack(a), _slack(b))
+        slack = max(noise(a.spread), noise(b.spread))
         no_worse.append(a.speedup * (1 + slack) >= b.speedup)
         better.append(a.speedup > b.speedup * (1 + slack))
     return all(no_worse) and any(better)
@@ -389,7 +398,7 @@ def _dominates(one: Entry, other: Entry) -> bool:
 
 def _worse_than_float(entry: Entry) -> bool:
     """Neither smaller nor measurably faster, and not better by the metric."""
-    faster = any(t.speedup > 1 + _slack(t) for t in entry.timings[:1])
+    faster = any(t.speedup > 1 + noise(t.spread) for t in entry.timings[:1])
     return entry.nbytes >= entry.baseline.nbytes and not faster and not entry.drop < 0
 
 

@@ -31,7 +31,7 @@ from compress.perplexity import EvalFn, Perplexity
 from compress.pipeline import Pass
 from compress.progress import Progress, Silent
 from compress.recipes import RecipeLike, resolve
-from compress.report import provenance
+from compress.report import provenance, thread_words
 
 PEERS = ("ort",)
 """Quantizers to compare with: ONNX Runtime's own."""
@@ -50,9 +50,9 @@ class Files(Protocol):
 
     def unsuitable(self, peer: str, file: Path, calibrated: bool) -> str: ...
 
-    def quantize(self, peer: str, file: Path, path: Path, data: CalibrationData | None) -> Path: ...
+    def quantize(self, peer: str, file: Path, path: Path, data: CalibrationData | None) -> int: ...
 
-    def write_float(self, path: Path) -> None: ...
+    def write_float(self, path: Path) -> int: ...
 
     def environment(self, file: Path) -> dict[str, Any]: ...
 
@@ -137,6 +137,7 @@ def benchmark(
 
     Raises:
         CompressError: the model, the data, the metric or a recipe's text are at fault, before anything runs.
+            Whatever `on_change` raises.
     """
     began = time.perf_counter()
     plans = _plans(recipes, tools.pass_table())
@@ -170,7 +171,7 @@ def benchmark(
         files = tools.files(reference, shown, batch_sizes, threads)
         work = _Work(
             tools, files, result, reference, kept, shown, eval_fn, place, folder is not None,
-            tuple(threads) if batch_sizes else (), stages, seed, max_memory,
+            tuple(threads), bool(batch_sizes), stages, seed, max_memory,
             on_change or (lambda benchmark: None), began,
         )  # fmt: skip
         work.everything(plans, seconds, "ort" in peers)
@@ -191,6 +192,7 @@ class _Work:
     folder: Path
     keep: bool
     threads: tuple[int, ...]
+    timed: bool
     stages: _Stages
     seed: int
     max_memory: int
@@ -220,7 +222,12 @@ class _Work:
         except KeyboardInterrupt:
             self.stopped = True
             self.result.warnings.append("the timing was interrupted: sizes or thread counts are missing")
-        self.result.complete = not self.stopped
+        except Exception as error:  # whatever a runtime raises; what is known is worth hours
+            failed = f"the timing failed, so sizes or thread counts are missing: {_one_line(error)}"
+            self.result.warnings.append(failed)
+        else:
+            self.result.complete = not self.stopped
+        self.result.interrupted = self.stopped
         self._changed()
 
     def _entries(self, plans: Mapping[str, RecipeLike]) -> None:
@@ -251,20 +258,16 @@ class _Work:
         except KeyboardInterrupt:
             self.stopped = True
             entry.status, entry.error = "interrupted", "interrupted by the user"
-        except CompressError as error:
-            entry.status, entry.error = "failed", " ".join(error.problem.split())
         except Exception as error:  # whatever a pass or somebody else's quantizer raises
-            lines = str(error).strip().splitlines()
-            entry.status, entry.error = "failed", f"{type(error).__name__}: {lines[0] if lines else ''}"
+            entry.status, entry.error = "failed", _one_line(error)
         entry.seconds = time.perf_counter() - began
         self._changed()
 
     def _baseline(self) -> None:
         base, path = self.result.baseline, self._path("float")
         self.stages.start("float export", 0)
-        self.files.write_float(path)
+        base.nbytes, base.path = self.files.write_float(path), path if self.keep else None
         self.paths[_FLOAT] = path
-        base.nbytes, base.path = _size(path), path if self.keep else None
         base.peak_memory = self.files.peak_memory(path)
         if self.eval_fn is not None:
             self.stages.start("metric of the original", 0)
@@ -281,7 +284,7 @@ class _Work:
         report = done.report
 
         def results(artifact: Artifact) -> dict[str, Any]:
-            options = {**self._judging(), "batch_sizes": ()}
+            options = {**self._judging(), "batch_sizes": (), "threads": self.threads[0]}
             report.verification = self.tools.verify(artifact, self.reference, **options)
             return report.verification.stored()
 
@@ -293,12 +296,13 @@ class _Work:
         report.verification = replace(report.verification, float_bytes=entry.baseline.nbytes)
         report.seconds = time.perf_counter() - began
         entry.report = report
-        self._written(entry, artifact.path, report.verification)
+        self._written(entry, artifact.path, artifact.nbytes, report.verification)
 
     def _peer(self, entry: Entry) -> None:
         self.stages.start("quantize", 0)
-        path = self.files.quantize(entry.name, self.paths[_FLOAT], self._path(entry.name), self.data)
-        self._written(entry, path, self.files.verify(path, **self._judging()))
+        path = self._path(entry.name)
+        nbytes = self.files.quantize(entry.name, self.paths[_FLOAT], path, self.data)
+        self._written(entry, path, nbytes, self.files.verify(path, **self._judging()))
 
     def _judging(self) -> dict[str, Any]:
         """What both kinds of files are compared by."""
@@ -310,8 +314,8 @@ class _Work:
             "progress": self.stages,
         }
 
-    def _written(self, entry: Entry, path: Path, verification: Verification) -> None:
-        entry.nbytes, entry.path = _size(path), path if self.keep else None
+    def _written(self, entry: Entry, path: Path, nbytes: int, verification: Verification) -> None:
+        entry.nbytes, entry.path = nbytes, path if self.keep else None
         entry.fidelity = [c for c in verification.comparisons if c.what == "file vs original"]
         entry.metric = verification.metric.get("file")
         self.stages.start("memory", 0)
@@ -320,9 +324,9 @@ class _Work:
 
     def _time(self, seconds: float) -> None:
         """All files together; the figures go to their entries as they come."""
-        for threads in self.threads if self.result.finished else ():
+        for threads in self.threads if self.timed and self.result.finished else ():
             self.stages.prefix = ""
-            self.stages.start(f"timing on {threads} thread{'' if threads == 1 else 's'}", 0)
+            self.stages.start(f"timing on {thread_words(threads)}", 0)
             paths = {_FLOAT: self.paths[_FLOAT], **{e.name: self.paths[e.name] for e in self.result.finished}}
             opened, failed = self.files.open(paths, threads)
             for name, problem in failed.items():
@@ -340,7 +344,7 @@ class _Work:
             entry.report.verification = replace(entry.report.verification, timings=tuple(entry.timings))
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name.replace('/', '-')}.onnx"
+        return self.folder / f"{_file_name(name)}.onnx"
 
 
 class _Stages:
@@ -374,7 +378,8 @@ def _plans(
         if plan is not None:
             plan.build(table)
         name = given or (plan.name if plan is not None else "custom")
-        if name in plans or name == "float":
+        # the uncompressed file is float.onnx
+        if _file_name(name) in {"float", *map(_file_name, plans)}:
             raise RecipeError(
                 f"two entries have the name {name}", fix="give a mapping of recipes by names of your own"
             )
@@ -397,7 +402,13 @@ def _parted(
     return kept, out, f"{out.description}, held out of the calibration"
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file and of the data beside it."""
-    beside = path.with_name(path.name + ".data")
-    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+def _file_name(name: str) -> str:
+    return name.replace("/", "-")
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, without what to do about it."""
+    if isinstance(error, CompressError):
+        return " ".join(error.problem.split())
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -8,7 +8,15 @@ from typing import Any
 import yaml
 
 from compress.artifact import Timing
-from compress.report import decibel_words, decibels, size_words, speed_words
+from compress.report import (
+    decibel_words,
+    decibels,
+    size_words,
+    speed_words,
+    thread_words,
+    unreached_words,
+    worst_output,
+)
 
 Data = Mapping[str, Any]
 
@@ -86,7 +94,7 @@ def _benchmark(data: Data) -> list[str]:
         if e["status"] != "ok":
             rows.append((e["name"], maker, f"{e['status']}: {e['error'] or ''}", *[""] * (len(head) - 3)))
             continue
-        worst: Data = min(e["fidelity"], key=decibels, default={})
+        worst = worst_output(e["fidelity"]) or {}
         timings = {_shape(t): t for t in e["timings"]}
         rows.append(
             (e["name"], maker, _figure(e["bytes"], size_words),
@@ -99,7 +107,8 @@ def _benchmark(data: Data) -> list[str]:
     lines += ["## Candidates", "", *_table(head, rows)]
     lines += [
         "Speed-ups are medians of interleaved runs against the float export, ± half the interquartile "
-        "range of the ratios; below 1 is slower. Fidelity is that of the worst output.",
+        "range of the ratios; below 1 is slower. Fidelity is that of the worst output, on "
+        f"{_plain(data['held_out'])}.",
         "",
     ]
     if name:
@@ -151,30 +160,27 @@ def _speed(v: Data) -> list[str]:
     if not v["timings"]:
         return []
     env = v["environment"]
-    threads = env.get("threads", 1)
-    where = (env.get("runtime"), f"{threads} thread{'' if threads == 1 else 's'}", env.get("processor"))
+    counts = {t["threads"] for t in v["timings"]}
+    several = len(counts) > 1
+    where = (env.get("runtime"), "" if several else thread_words(*counts), env.get("processor"))
     about = (
-        f"{', '.join(filter(None, where))}; medians of interleaved runs against the uncompressed export. The "
+        f"{', '.join(filter(None, where)) or 'as measured'}; medians of interleaved runs against the "
+        "uncompressed export. The "
         "speed-up is the median of the ratios of neighbouring runs, ± half their interquartile range."
     )
     lines = ["## Speed", "", about, ""]
     rows = [
-        (", ".join(f"{k}={n}" for k, n in t["sizes"].items()) or "fixed", _figure(t["float_ms"], "{:.3f}"),
-         _figure(t["compressed_ms"], "{:.3f}"), _ratio(t), _words(t))
+        (_shape(t) if several else _sizes(t), _figure(t["float_ms"], "{:.3f}"),
+         _figure(t["compressed_ms"], "{:.3f}"), _ratio(t), speed_words(Timing(**t)))
         for t in v["timings"]
     ]  # fmt: skip
     return lines + _table(("shape", "float ms", "compressed ms", "speed-up", ""), rows)
 
 
-def _words(t: Data) -> str:
-    return "" if None in (t["speedup"], t["spread"]) else speed_words(Timing(**t))
-
-
 def _left_alone(data: Data) -> list[str]:
     noted = [(s["name"], n["site"], n["reason"]) for s in data["passes"] for n in s["notes"] if n["site"]]
     noted += [
-        ("all passes", weight, f"read by {operator}, which no pass compresses; left as it is")
-        for weight, operator in data["unreached"].items()
+        ("all passes", weight, unreached_words(operator)) for weight, operator in data["unreached"].items()
     ]
     lines = [f"- {_code(site)} ({name}): {_plain(reason)}" for name, site, reason in noted]
     return ["## Left alone", "", *lines, ""] if lines else []
@@ -193,16 +199,15 @@ def _provenance(data: Data, more: Mapping[str, Any]) -> list[str]:
 
 
 def _shape(timing: Data) -> str:
-    sizes = ", ".join(f"{name} {n}" for name, n in timing["sizes"].items()) or "fixed shape"
-    threads = timing.get("threads") or 1
-    return f"{sizes}, {threads} thread{'s' * (threads != 1)}"
+    return f"{_sizes(timing)}, {thread_words(timing['threads'])}"
+
+
+def _sizes(timing: Data) -> str:
+    return ", ".join(f"{name} {n}" for name, n in timing["sizes"].items()) or "fixed shape"
 
 
 def _ratio(timing: Data | None) -> str:
-    if timing is None or timing["speedup"] is None:
-        return "–"
-    spread = timing.get("spread")
-    return f"{timing['speedup']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    return "–" if timing is None else f"{timing['speedup']:.2f} ± {timing['spread']:.2f}"
 
 
 def _figure(value: Any, form: str | Callable[[Any], str]) -> str:
@@ -214,16 +219,15 @@ def _figure(value: Any, form: str | Callable[[Any], str]) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines] + [
-        ""
-    ]
+    cells = [[cell if cell.startswith("`") else _plain(cell) for cell in line] for line in lines]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells] + [""]
 
 
 def _plain(text: str) -> str:
-    """On one line, without markup: names come from models."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    """On one line, without links, images and HTML: names come from models."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("[", "\\[").replace("`", "'")
 
 
 def _code(name: str) -> str:
-    """A name as code, or as text where it holds what would end the code."""
-    return _plain(name) if "`" in name else f"`{_plain(name)}`".replace("&lt;", "<")
+    """A name as code; what would end the code is replaced."""
+    return f"`{' '.join(name.split()).replace('`', chr(39))}`"

@@ -228,7 +228,7 @@ def show_benchmark(result: Any) -> None:
         table.add_column(heading, justify="right", no_wrap=not heading.startswith("ms"))
     table.add_column("")
     figures = [
-        _figure(base.nbytes / 1e6, 2),
+        size_words(base.nbytes),
         _memory(base),
         *(_figure(t.compressed_ms, 3) for t in base.timings),
     ]

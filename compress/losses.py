@@ -119,6 +119,10 @@ def returning(graph: Graph, names: Sequence[str]) -> Graph:
     return replace(more, output_names=(*graph.output_names, *names))
 
 
+_CONSTANT = 1e-8
+"""Hidden values whose variance is this fraction of the largest are constant."""
+
+
 def with_hidden(loss: Loss, outputs: int, weight: float) -> Loss:
     """The loss plus hidden values, ``weight * mean_i E|h_i - h'_i|^2 / Var(h'_i)`` with h' the reference's.
 
@@ -133,11 +137,11 @@ def with_hidden(loss: Loss, outputs: int, weight: float) -> Loss:
 
     def both(found: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
         pairs = zip(found[outputs:], wanted[outputs:], strict=True)
-        errors = [(ours - theirs).float().square().mean() / spread(theirs) for ours, theirs in pairs]
-        return loss(found[:outputs], wanted[:outputs], labels) + weight * torch.stack(errors).mean()
-
-    def spread(values: Tensor) -> Tensor:
-        # values that are all the same have none
-        return values.float().var(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = torch.stack([(ours - theirs).float().square().mean() for ours, theirs in pairs])
+        variances = torch.stack([theirs.float().var(correction=0) for theirs in wanted[outputs:]])
+        # values that are all the same, such as those of dead activations, have no scale to measure errors by
+        least = (_CONSTANT * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = torch.where(variances > least, errors / variances.clamp(min=least), 0.0)
+        return loss(found[:outputs], wanted[:outputs], labels) + weight * errors.mean()
 
     return both

@@ -122,8 +122,9 @@ class Agreement:
 
     @property
     def cosine(self) -> float:
-        return self.cosines / max(1, self.rows)
+        # nothing is equal to nothing
+        return self.cosines / self.rows if self.rows else 1.0
 
     @property
     def top1(self) -> float:
-        return self.tops / max(1, self.rows)
+        return self.tops / self.rows if self.rows else 1.0

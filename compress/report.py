@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,7 @@ class Report:
         """(pass, layer or "", reason) of everything that was declined or is worth knowing."""
         noted = [(step.name, n.site, n.reason) for step in self.passes for n in step.notes]
         return noted + [
-            ("all passes", weight, f"read by {operator}, which no pass compresses; left as it is")
-            for weight, operator in self.unreached.items()
+            ("all passes", weight, unreached_words(operator)) for weight, operator in self.unreached.items()
         ]
 
     def headline(self) -> str:
@@ -189,13 +188,27 @@ class Report:
         ]
 
 
+def noise(spread: float) -> float:
+    """How far a speed-up of this spread may be from another, relatively, without being a difference."""
+    return max(0.05, spread)
+
+
+def thread_words(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def unreached_words(operator: str) -> str:
+    """Why no pass compresses a weight."""
+    return f"read by {operator}, which no pass compresses; left as it is"
+
+
 def speed_words(timing: Timing) -> str:
     """A timing in words; within its own spread (at least 5 %) it is no difference."""
     where = f"at batch {timing.sizes['batch']}" if "batch" in timing.sizes else "at fixed shape"
     if "past" in timing.sizes:  # a key-value cache, which a prompt finds empty
         where = f"{'decoding' if timing.sizes['past'] else 'prompt'} {where}"
     where += f" on {timing.threads} threads" if timing.threads > 1 else ""
-    if abs(timing.speedup - 1) <= max(0.05, timing.spread):
+    if abs(timing.speedup - 1) <= noise(timing.spread):
         return f"same speed {where}"
     if timing.speedup > 1:
         return f"{timing.speedup:.2f}x faster {where}"
@@ -219,6 +232,11 @@ def decibels(compared: Mapping[str, Any]) -> float:
     return math.inf if same else -math.inf
 
 
+def worst_output(comparisons: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The comparison as JSON has it of the output that suffered most, if there is any."""
+    return min(comparisons, key=decibels, default=None)
+
+
 def decibel_words(value: float, unit: str = " dB") -> str:
     """What `decibels` gave."""
     if math.isinf(value):
@@ -235,10 +253,15 @@ def metric_words(v: Verification) -> str:
     return f"{words} ({100 * (file / original - 1):+.1f} %), KL {v.kl['file']:.3g} nats/token"
 
 
+def same_size(ratio: float) -> bool:
+    """Whether two sizes of this ratio are the same in words."""
+    return 0.995 < ratio < 1.005
+
+
 def ratio_words(before: int, after: int) -> str:
     """How many times smaller a file is, or larger."""
     ratio = before / after if after else math.inf
-    if 0.995 < ratio < 1.005:
+    if same_size(ratio):
         return "same size"
     return f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x LARGER"
 

@@ -8,29 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import OutputError
+from compress.publish import check_apart, check_writable, publish, temporary
 
 FORMATS = (".html", ".json", ".md")
 
 
-def check(path: Path, keep: Sequence[str | None] = ()) -> None:
+def check(path: Path, keep: Sequence[str | Path | None] = ()) -> None:
     """Find out before any work is done whether a report can be written here.
 
     Args:
         path: of the report.
-        keep: paths of what is read, none of which it may replace.
+        keep: what it may not replace, as for `compress.publish.check_apart`.
 
     Raises:
-        OutputError: the name ends in no format, the folder is not there, or it is one of the files read.
+        OutputError: the name ends in no format, or it cannot be written there.
     """
     if path.suffix not in FORMATS:
         raise OutputError(f"{path} is no report", expected=f"a name that ends in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise OutputError(f"there is no folder {path.parent}", fix="make it, or choose another with --report")
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", expected="the name of a file")
-    for given in filter(None, keep):
-        if path.exists() and Path(given).exists() and path.samefile(given):
-            raise OutputError(f"{path} is one of the files read", fix="choose another name with --report")
+    check_writable(path)
+    check_apart(path, keep)
 
 
 def text(data: Mapping[str, Any], suffix: str) -> str:
@@ -62,11 +58,13 @@ def write(data: Mapping[str, Any], path: Path) -> Path:
 
 
 def put(content: str, path: Path) -> Path:
-    """Replace a text file by another at once."""
-    part = path.with_name(f".{path.name}.tmp")
-    try:
+    """Replace a text file by another at once.
+
+    Raises:
+        OutputError: there is no room, or no right to.
+    """
+    with temporary(path) as folder:
+        part = folder / path.name
         part.write_text(content, encoding="utf-8", newline="\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        publish([part], path)
     return path

@@ -213,7 +213,7 @@ class EntryTiming(_Closed):
 
 
 class Fidelity(_Closed):
-    """File against original, one output, on samples held out of the calibration."""
+    """File against original, one output, on what `held_out` of the benchmark says."""
 
     output: str
     sqnr_db: float | None

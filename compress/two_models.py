@@ -15,7 +15,7 @@ from compress.data import load_calibration
 from compress.divergence import Divergence, compare, sizes_for
 from compress.examples import described, first_sample
 from compress.graph import Graph
-from compress.inputs import InputSpec
+from compress.inputs import BATCH, InputSpec
 from compress.points import GraphPoints, Points
 from compress.progress import Progress, Silent
 from compress.sniff import FileKind, sniff
@@ -88,9 +88,10 @@ def diff(
     batches: Iterable[Sequence[Tensor]]
     if calibration is None:
         sizes = sizes_for(one, other, min(samples, _AT_ONCE))
-        count = math.ceil(samples / _AT_ONCE)
+        at_once = sizes.get(BATCH, 1)
+        count = math.ceil(samples / at_once)
         batches = (one.random(sizes, seed + i) for i in range(count))
-        words = f"{samples} random inputs: give calibration data to see real activations"
+        words = f"{count * at_once} random inputs: give calibration data to see real activations"
     else:
         data = load_calibration(
             calibration, inputs=one.inputs, tokenizer=tokenizer, samples=samples, batch_size=_AT_ONCE,

@@ -19,6 +19,7 @@ from compress.exporters.exporter import Exporter, Running
 from compress.exporters.verify import inputs_to_try, machine, measure_original, verify_foreign
 from compress.graph import Graph
 from compress.perplexity import EvalFn
+from compress.publish import publish, temporary
 
 
 class SideBySide:
@@ -50,14 +51,14 @@ class SideBySide:
         """Why a peer has nothing to do for this uncompressed file; empty if it has."""
         return self._peer(peer).unsuitable(file, calibrated)
 
-    def quantize(self, peer: str, file: Path, path: Path, data: CalibrationData | None) -> Path:
-        """Let a peer write a file, from the uncompressed one and real samples."""
+    def quantize(self, peer: str, file: Path, path: Path, data: CalibrationData | None) -> int:
+        """Let a peer write a file, from the uncompressed one and real samples; returns its bytes."""
         real = ort_peers.arrays(self.reference, data.inputs() if data else ())
-        return self._peer(peer).write(file, path, real)
+        return _whole(path, lambda part: self._peer(peer).write(file, part, real))
 
-    def write_float(self, path: Path) -> None:
-        """The uncompressed file."""
-        self.exporter.write_float(self.reference, path)
+    def write_float(self, path: Path) -> int:
+        """The uncompressed file; returns its bytes, those of data beside it included."""
+        return _whole(path, lambda part: self.exporter.write_float(self.reference, part))
 
     def environment(self, file: Path) -> dict[str, Any]:
         """Machine and runtime, for the record."""
@@ -116,3 +117,13 @@ class SideBySide:
 
     def _peer(self, name: str) -> ort_peers.OrtPeer:
         return next(peer for peer in ort_peers.ORT_PEERS if peer.name == name)
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> int:
+    """Write a file, and perhaps data beside it, whole or not at all; returns the bytes of both."""
+    with temporary(path) as folder:
+        write(folder / path.name)
+        written = sorted(folder.iterdir(), key=lambda file: file.name != path.name)
+        nbytes = sum(file.stat().st_size for file in written)
+        publish(written, path)
+    return nbytes

@@ -28,11 +28,11 @@ from compress.errors import ExportError, MissingExtra
 from compress.exporters.onnx_activations import translations
 from compress.exporters.ort import Session, decoded_on_every_call, runtime
 from compress.exporters.proof import mark_roundings, prove
-from compress.exporters.publish import check_writable, publish, temporary
 from compress.float8 import Float8Weight
 from compress.graph import Graph
 from compress.pipeline import Pass, example_inputs, shapes_to_try
 from compress.progress import Progress, quiet
+from compress.publish import check_writable, publish, temporary
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -24,7 +24,6 @@ from compress.exporters.exporter import Running
 from compress.exporters.onnx_half import to_float16
 from compress.exporters.ort import runtime
 from compress.exporters.proof import prove
-from compress.exporters.publish import check_writable, publish, temporary
 from compress.exporters.tensorrt_engine import (
     Built,
     build,
@@ -42,6 +41,7 @@ from compress.exporters.to_onnx import add_metadata, as_text, assemble, save
 from compress.graph import Graph
 from compress.pipeline import Pass, example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
+from compress.publish import check_writable, publish, temporary
 
 if TYPE_CHECKING:
     import onnx_ir as ir

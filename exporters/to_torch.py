@@ -19,7 +19,6 @@ from compress.activations import QUANTIZERS
 from compress.artifact import Artifact
 from compress.errors import ExportError, OutputError, VerificationError
 from compress.exporters.proof import compare
-from compress.exporters.publish import check_writable, publish, temporary
 from compress.graph import Graph
 from compress.kernels.fuse import Decode, fuse
 from compress.kernels.products import BY_NAME, HALF
@@ -27,6 +26,7 @@ from compress.kernels.runtime import CompressedModule
 from compress.package import add_metadata, program, read_metadata, read_package, unwritable, write_package
 from compress.pipeline import Pass, example_inputs, shapes_to_try
 from compress.progress import Progress, Silent
+from compress.publish import check_writable, publish, temporary
 
 _LIMIT_DB = 50.0
 _HALF_DB = 25.0

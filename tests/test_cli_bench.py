@@ -120,7 +120,7 @@ def test_one_that_fails(folder: Path, schema: dict[str, Any], capsys: pytest.Cap
     ("words", "said"),
     [
         (("-o", "b.pdf"), "is no report"),
-        (("-o", "missing/b.json"), "there is no folder"),
+        (("-o", "missing/b.json"), "the folder missing does not exist"),
         (("--threads", ""), "--threads is empty"),
         (("--recipes", "int9"), "int9"),
         (("--peers", "inc"), "no peer"),

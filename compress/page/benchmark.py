@@ -22,10 +22,9 @@ from compress.page.parts import (
     recipe,
     shape_words,
     sqnr,
-    thread_words,
     tile,
 )
-from compress.report import decibel_words, decibels, size_words
+from compress.report import decibel_words, decibels, size_words, thread_words, worst_output
 
 _MAKERS = {"compress": "compress", "onnxruntime": "ONNX Runtime"}
 
@@ -57,12 +56,6 @@ def mark(data: Data, entry: Data) -> str:
     return str(1 + next(i for i, e in enumerate(data["entries"]) if e is entry))
 
 
-def worst(entry: Data) -> Data | None:
-    """The output that suffered most."""
-    compared: Sequence[Data] = entry["fidelity"] or ()
-    return min(compared, key=decibels, default=None)
-
-
 def labels(data: Data) -> Callable[[Data], str]:
     """How a timing is named: its threads only where they differ."""
     threads = {t["threads"] for e in data["entries"] for t in e["timings"]}
@@ -75,7 +68,7 @@ def first_timing(data: Data, entry: Data) -> Data | None:
     if first is None:
         return None
     same = (t for t in entry["timings"] if (t["sizes"], t["threads"]) == (first["sizes"], first["threads"]))
-    return next((t for t in same if t["speedup"] is not None), None)
+    return next(same, None)
 
 
 def judged_by(data: Data) -> str | None:
@@ -88,7 +81,7 @@ def quality(data: Data, entry: Data) -> float | None:
     """What the vertical axis shows: the metric (`judged_by`), or the SQNR of the worst output, in dB."""
     if judged_by(data):
         return entry["metric"]
-    found = worst(entry)
+    found = worst_output(entry["fidelity"])
     return found["sqnr_db"] if found else None
 
 
@@ -114,7 +107,7 @@ def tiles(data: Data, done: Sequence[Data]) -> list[Html]:
         lines = [entry["name"], f"at {label(timing)}"]
         lines += [f"{' '.join(pace(t)[:2])} at {label(t)}" for t in others]
         found.append(tile("Fastest", [value, " ", tag("small", word)], lines, tone))
-    close = [(fit, e) for e in done if (fit := worst(e))]
+    close = [(fit, e) for e in done if (fit := worst_output(e["fidelity"]))]
     if close:
         fit, entry = max(close, key=lambda pair: decibels(pair[0]))
         lines = [entry["name"], f"cosine {fit['cosine']:.4f}" if fit["cosine"] is not None else ""]
@@ -210,7 +203,7 @@ def candidates(data: Data) -> list[Child]:
         by = tag("small", _MAKERS.get(entry["maker"], entry["maker"]))
         dot = tag("i", mark(data, entry), class_=f"dot {_style(entry['maker'])}")
         shown = tag("span", dot, tag("span", entry["name"], " ", by), class_="named")
-        fit = worst(entry) or {}
+        fit = worst_output(entry["fidelity"]) or {}
         row = [Cell(shown, entry["name"])]
         size = entry["bytes"]
         if entry["status"] != "ok":
@@ -249,7 +242,7 @@ def _bytes(nbytes: int | None) -> Cell:
 
 
 def _speed_cell(timing: Data | None) -> Cell:
-    if timing is None or timing["speedup"] is None:
+    if timing is None:
         return Cell("–", None)
     tone = pace(timing)[2]
     shown = tag("span", f"{timing['speedup']:.2f}×", class_=f"verdict {tone}".strip())

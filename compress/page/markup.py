@@ -120,7 +120,7 @@ def table(
                 tag(
                     "td" if i else "th", cell.shown, scope=None if i else "row", class_=kind,
                     role="cell" if i else "rowheader", data_label=title if i else None,
-                    data_value=value if ident and kind == "number" else None,
+                    data_value=value if ident and (kind == "number" or value != cell.shown) else None,
                     data_none=cell.shown in ("", "–"),
                 )
             )  # fmt: skip

@@ -11,7 +11,15 @@ import yaml
 
 from compress.page import plots
 from compress.page.markup import Cell, Child, Html, figure, path, table, tag, typeset, words
-from compress.report import decibel_words, decibels, size_words
+from compress.report import (
+    decibel_words,
+    decibels,
+    noise,
+    same_size,
+    size_words,
+    thread_words,
+    unreached_words,
+)
 
 Data = Mapping[str, Any]
 
@@ -73,37 +81,28 @@ def tile(label: str, value: Child, lines: Iterable[Child], tone: str = "", bar: 
 def ratio(before: float, after: float) -> tuple[str, str, str]:
     """How much smaller: figure, word, tone."""
     times = before / after if after else float("inf")
-    if 0.995 < times < 1.005:
+    if same_size(times):
         return "1×", "same size", ""
     return (f"{times:.2f}×", "smaller", "good") if times > 1 else (f"{1 / times:.2f}×", "larger", "bad")
 
 
 def pace(timing: Data) -> tuple[str, str, str]:
     """How much faster: figure, word, tone. Within its own spread (at least 5 %) it is no difference."""
-    speedup, spread = timing.get("speedup"), timing.get("spread") or 0.0
-    if speedup is None:
-        return "–", "not timed", ""
-    if abs(speedup - 1) <= max(0.05, spread):
+    speedup = timing["speedup"]
+    if abs(speedup - 1) <= noise(timing["spread"]):
         return "same", "speed", ""
     return (f"{speedup:.2f}×", "faster", "good") if speedup > 1 else (f"{1 / speedup:.2f}×", "slower", "bad")
 
 
 def speedup_words(timing: Data) -> str:
     """The speed-up as a number, with its spread."""
-    if timing.get("speedup") is None:
-        return ""
-    spread = timing.get("spread")
-    return f"speed-up {timing['speedup']:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    return f"speed-up {timing['speedup']:.2f} ± {timing['spread']:.2f}"
 
 
 def shape_words(timing: Data, threads: bool = False) -> str:
     """Sizes of a timing, and its threads where they are asked for."""
     sizes = [f"{name} {n}" for name, n in timing["sizes"].items()] or ["fixed shape"]
     return " · ".join(sizes + ([thread_words(timing["threads"])] if threads else []))
-
-
-def thread_words(count: int) -> str:
-    return f"{count} thread{'s' * (count != 1)}"
 
 
 def layer_sections(data: Data, prefix: str = "") -> list[Html]:
@@ -202,8 +201,7 @@ def left_alone(data: Data) -> list[Html]:
                 continue
             reasons.setdefault((step["name"], note["reason"]), []).append(note["site"])
     for weight, operator in data.get("unreached", {}).items():
-        reason = f"read by {operator}, which no pass compresses; left as it is"
-        reasons.setdefault(("all passes", reason), []).append(weight)
+        reasons.setdefault(("all passes", unreached_words(operator)), []).append(weight)
     rows = [
         [words(name), Cell(typeset(reason), reason), Cell(tag("ul", [tag("li", path(site)) for site in sites],
                                                               class_="sites"), None)]

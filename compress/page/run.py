@@ -23,10 +23,9 @@ from compress.page.parts import (
     recipe,
     shape_words,
     speedup_words,
-    thread_words,
     tile,
 )
-from compress.report import decibel_words, decibels, size_words
+from compress.report import decibel_words, decibels, size_words, thread_words, worst_output
 
 
 def name_of(data: Data) -> str:
@@ -85,10 +84,11 @@ def _speed(data: Data) -> Html | None:
         reason = verification.get("stands_in") or "No batch size was timed."
         return tile("Speed", "–", [typeset(reason)])
     value, word, tone = pace(timings[0])
-    lines: list[Child] = [f"at {shape_words(timings[0])}, {speedup_words(timings[0])}"]
+    several = _threads_differ(verification)
+    lines: list[Child] = [f"at {shape_words(timings[0], several)}, {speedup_words(timings[0])}"]
     for timing in timings[1:]:
         times, pace_word, kind = pace(timing)
-        said = f"{times} {pace_word} at {shape_words(timing)}"
+        said = f"{times} {pace_word} at {shape_words(timing, several)}"
         lines.append(tag("span", said, class_="bad-text" if kind == "bad" else None))
     return tile("Speed", [value, " ", tag("small", word)], lines, tone)
 
@@ -97,9 +97,9 @@ def _fidelity(data: Data) -> Html | None:
     compared = [
         c for c in (data.get("verification") or {}).get("comparisons", ()) if c["what"] == "file vs original"
     ]
-    if not compared:
+    worst = worst_output(compared)
+    if worst is None:
         return None
-    worst = min(compared, key=decibels)
     value = decibels(worst)
     if math.isinf(value):
         tone = "good" if value > 0 else "bad"
@@ -152,19 +152,20 @@ def speed(verification: Data) -> list[Child]:
     if not verification["timings"]:
         return [tag("p", typeset(f"{verification['stands_in']}."), class_="empty")]
     runtime = env.get("runtime") or ", ".join(f"{k} {v}" for k, v in env.items() if k.startswith("onnx"))
-    threads = env.get("threads", 1)
-    where = ", ".join(filter(None, [runtime, thread_words(threads), env.get("processor")]))
+    several = _threads_differ(verification)
+    threads = "" if several else thread_words(verification["timings"][0]["threads"])
+    where = ", ".join(filter(None, [runtime, threads, env.get("processor")]))
     shapes = [
         latency_bars(
-            shape_words(t),
+            shape_words(t, several),
             [("float", t["float_ms"], None, "reference"),
              ("compressed", t["compressed_ms"], t, pace(t)[2] or "even")],
         )
         for t in verification["timings"]
     ]  # fmt: skip
     about = (
-        f"{where}. Medians of interleaved runs; the speed-up is the median of the ratios of neighbouring "
-        "runs, ± half their interquartile range. Each shape has its own scale."
+        f"{where + '. ' if where else ''}Medians of interleaved runs; the speed-up is the median of the "
+        "ratios of neighbouring runs, ± half their interquartile range. Each shape has its own scale."
     )
     slow = verification.get("unfused") or []
     return [
@@ -176,6 +177,11 @@ def speed(verification: Data) -> list[Child]:
     ]
 
 
+def _threads_differ(verification: Data) -> bool:
+    """Then each timing is named with its threads."""
+    return len({timing["threads"] for timing in verification["timings"]}) > 1
+
+
 def _listed(index: int, name: str) -> Html:
     return tag("span", ", " if index else "", path(name))
 
@@ -183,8 +189,6 @@ def _listed(index: int, name: str) -> Html:
 def fidelity(v: Data) -> list[Child]:
     """Comparisons of outputs, and the metric."""
     content: list[Child] = [tag("p", f"On {v['inputs']}.", class_="about")]
-    if v.get("stands_in") and v["timings"]:
-        content.append(tag("p", typeset(f"{v['stands_in']}.")))
     content.append(fidelity_table(v["comparisons"], "Outputs compared"))
     if v.get("metric"):
         if v.get("measured_on"):

@@ -38,7 +38,7 @@
   const collator = new Intl.Collator(undefined, { numeric: true });
   const value = (row, column, number) => {
     const cell = row.cells[column];
-    if (!number) return cell.textContent;
+    if (!number) return cell.dataset.value ?? cell.textContent;
     return cell.dataset.value === undefined || cell.dataset.value === "" ? null : Number(cell.dataset.value);
   };
   const sort = (table, column, direction, number) => {

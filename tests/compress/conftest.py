@@ -82,6 +82,9 @@ def odd_reports() -> dict[str, dict[str, Any]]:
         (Timing({}, 1.0, 1.01, 0.99, 0.01, 9),),
         metric={"original": math.nan, "compressed": 1.0, "file": math.inf},
     )  # fmt: skip
+    threads = report(2)
+    one, two = (Timing({"batch": 1}, 8.0, 8.0 / s, s, 0.01, 9, n) for s, n in ((2.0, 1), (0.5, 4)))
+    threads.verification = Verification("samples", report().verification.comparisons, (one, two))
     same = Comparison("file vs original", "out", (1,), math.inf, 1.0, 0.0, 1.0)
     bare = report(1, artifact=None, verification=None)
     return {
@@ -91,6 +94,7 @@ def odd_reports() -> dict[str, dict[str, Any]]:
         "bare": bare.as_dict(),
         "engine": engine.as_dict(),
         "strange": strange.as_dict(),
+        "threads": threads.as_dict(),
         "broken": broken.as_dict(),
     }
 
@@ -179,6 +183,7 @@ def all_reports() -> dict[str, dict[str, Any]]:
 
 
 def _no_graph() -> Graph:
+    # reports look at names and sizes only
     return None  # type: ignore[return-value]
 
 

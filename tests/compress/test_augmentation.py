@@ -86,4 +86,4 @@ def test_what_cannot_be_augmented() -> None:
     with pytest.raises(PassError, match="cutmix, and the model reads 2 inputs"):
         augmented((image, mask), ("cutmix",), generator)
     with pytest.raises(PassError, match="augment: spin"):
-        augmented((image,), ("spin",), generator)  # type: ignore[arg-type]
+        augmented((image,), ("spin",), generator)  # type: ignore[arg-type]  # on purpose

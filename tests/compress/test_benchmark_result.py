@@ -105,7 +105,34 @@ def test_the_metric_counts_before_the_noise() -> None:
     assert [e.name for e in found.pareto] == ["b", "c"]
     assert found["a"].drop == 1 and found["c"].drop == -1
     assert found.best("quality").name == "c"
-    assert "perplexity 40 -> 39" in found.headline()
+    assert "best perplexity: c (40 -> 39)" in found.headline()
+
+
+def test_without_a_metric_of_its_own_an_entry_is_no_match() -> None:
+    base = Baseline(1000, metric=0.9)
+    found = benchmark(
+        entry("good", 100, 40, metric=0.895, base=base), entry("bad", 100, 3, metric=math.nan, base=base)
+    )
+    assert [e.name for e in found.pareto] == ["good"]
+    assert found.headline().endswith("best metric: good (0.9 -> 0.895)")
+    lost = benchmark(entry("bad", 100, 3, metric=math.nan, base=base))
+    assert lost.headline() == "smallest: bad (10.00x smaller)"
+
+
+def test_the_best_metric_is_not_called_the_closest() -> None:
+    base = Baseline(1000, metric=0.9)
+    near, far = entry("near", 100, 60, metric=0.9, base=base), entry("far", 90, 2, metric=0.97, base=base)
+    assert "best metric: far (0.9 -> 0.97)" in benchmark(near, far).headline()
+    plain = benchmark(entry("near", 100, 60), entry("far", 90, 2))
+    assert "closest to the original: near (60.0 dB)" in plain.headline()
+
+
+def test_an_output_that_is_not_finite_keeps_no_limit() -> None:
+    odd = entry("odd", 100, 40)
+    odd.fidelity.append(Comparison("file vs original", "two", (2,), -math.inf, math.nan, math.inf, 0.0))
+    assert math.isnan(odd.cosine) and odd.sqnr_db == -math.inf
+    with pytest.raises(GoalMissed):
+        benchmark(odd).best("size", min_cosine=0.9)
 
 
 def test_the_best_within_limits() -> None:
@@ -127,7 +154,7 @@ def test_the_best_within_limits() -> None:
     with pytest.raises(GoalMissed):  # there is no metric, so nobody keeps within a limit of it
         found.best("size", max_drop=100)
     with pytest.raises(InputSpecError, match="best by 'luck'"):
-        found.best("luck")  # type: ignore[arg-type]
+        found.best("luck")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(InputSpecError, match="not timed at"):
         found.best("speed", batch=64)
 
@@ -186,5 +213,5 @@ def test_as_json(tmp_path: Path) -> None:
             jsonschema.Draft202012Validator(report_schema()).validate(wrong)
     with pytest.raises(OutputError, match="is no report"):
         found.write(tmp_path / "b.pdf")
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="does not exist"):
         found.write(tmp_path / "missing" / "b.json")

@@ -121,7 +121,7 @@ def test_an_interrupt_ends_one_entry_and_keeps_what_is_finished(monkeypatch: pyt
     assert [e.status for e in found.entries.values()][:3] == ["ok", "interrupted", "skipped"]
     assert found["int4"].error == "stopped before it began"
     assert len(found["int8-weight-only"].timings) == 2  # measured in spite of it
-    assert not found.complete and found.headline().endswith("broken INTERRUPTED, NOT COMPLETE")
+    assert found.interrupted and found.headline().endswith("broken INTERRUPTED, NOT COMPLETE")
 
 
 def test_an_interrupted_timing_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +132,25 @@ def test_an_interrupted_timing_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -
     found = run(FINE)
     assert [(e.status, e.timings, e.sqnr_db > 10) for e in found.finished] == [("ok", [], True)]
     assert not found.complete and "the timing was interrupted" in found.warnings[-1]
+
+
+def test_a_failed_timing_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise MemoryError("no room for batch 100000")
+
+    monkeypatch.setattr("compress.exporters.timing.interleaved", fail)
+    found = run(FINE)
+    assert [(e.status, e.timings, e.sqnr_db > 10) for e in found.finished] == [("ok", [], True)]
+    assert not found.complete and not found.interrupted
+    assert found.warnings[-1].endswith("MemoryError: no room for batch 100000")
+
+
+def test_each_report_tells_its_threads() -> None:
+    found = run(FINE, threads=(2, 3))
+    report = found["int8-weight-only"].report
+    assert report is not None and report.verification is not None
+    assert report.verification.environment["threads"] == 2
+    assert [t.threads for t in report.verification.timings] == [2, 2, 3, 3]
 
 
 def test_without_data_it_says_so() -> None:
@@ -156,6 +175,7 @@ def test_a_fixed_batch_is_never_cut() -> None:
     [
         ({"recipes": ["int8", "int8"]}, RecipeError, "two entries have the name int8"),
         ({"recipes": ["int9"]}, RecipeError, "int9"),
+        ({"recipes": {"a/b": "int8", "a-b": "int4"}}, RecipeError, "two entries have the name a-b"),
         ({"recipes": "int8"}, RecipeError, "a list of recipes"),
         ({"recipes": []}, RecipeError, "no recipe"),
         ({"recipes": {"ort-int4-rtn": "int8"}, "peers": ["ort"]}, RecipeError, "name of a peer"),

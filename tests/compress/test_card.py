@@ -50,10 +50,22 @@ def test_the_card_of_a_run(reports: Reports) -> None:
     layers = next(t for t in tables(text) if t[0][0] == "layer")
     assert len(layers) == 2 + len(reports["run"]["layers"])
     assert layers[2][:3] == ["`encoder.layer.0.attention.self.query`", "int4 g32 asym", "5.12"]
-    assert "| batch=32, seq=32 | 420.000 | 500.000 | 0.84 ± 0.02 | 1.19x SLOWER at batch 32 |" in text
+    assert "| batch 32, seq 32 | 420.000 | 500.000 | 0.84 ± 0.02 | 1.19x SLOWER at batch 32 |" in text
     assert "`up.weight` (all passes): read by conv_transpose1d" in text
     assert "its error would be 12 %" in text and "metadata:\n  name: int4" in text
+    assert "ONNX Runtime 1.31.1, 1 thread, AMD EPYC; medians" in text
+    several = card(reports["threads"])
+    assert "| batch 1, 1 thread | 8.000 | 4.000 |" in several and "| batch 1, 4 threads |" in several
+    assert "\nas measured; medians of" in several
     assert "identical" in card(reports["one"]) and "not finite" in card(reports["broken"])
+
+
+def test_names_are_no_markup(reports: Reports) -> None:
+    odd = {**reports["run"], "warnings": ["![x](http://a.b)", "[a](javascript:b)"]}
+    odd["layers"] = [{**odd["layers"][0], "layer": "a<b|c`d", "note": "e<f"}]
+    text = card(odd)
+    assert "- !\\[x](http://a.b)" in text and "- \\[a](javascript:b)" in text
+    assert "| `a<b\\|c'd` |" in text and "| e&lt;f |" in text
 
 
 def test_the_card_of_a_benchmark(reports: Reports) -> None:
@@ -81,7 +93,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     for name, words in (
         ("out.pdf", r"ends in \.html"),
-        ("no/out.html", "no folder"),
+        ("no/out.html", "does not exist"),
         ("folder.html", "a folder"),
     ):
         with pytest.raises(OutputError, match=words):

@@ -46,6 +46,15 @@ def test_the_loss_against_a_slow_one() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_hidden_values_that_are_constant_have_no_scale() -> None:
+    g = torch.Generator().manual_seed(0)
+    out, live, dead = torch.randn(4, 2, generator=g), torch.randn(4, 5, generator=g), torch.zeros(4, 3)
+    both = with_hidden(mse_loss, 1, 1.0)
+    found = float(both([out, live + 0.1, dead + 1e-3], [out, live, dead], None))
+    assert found == pytest.approx(0.01 / float(live.var(correction=0)) / 2, rel=1e-4)
+    assert float(both([out, dead + 1e-3], [out, dead], None)) == 0
+
+
 class WritesLater(nn.Module):
     """The value of the first activation function is overwritten, that of the second is not."""
 

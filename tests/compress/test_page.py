@@ -106,6 +106,17 @@ def test_every_layer_is_in_the_table(reports: Reports) -> None:
     assert render(reports["many"]).count('role="rowheader"') >= 300
 
 
+def test_times_at_several_thread_counts_are_told_apart(reports: Reports) -> None:
+    page = render(reports["threads"])
+    assert "at batch 1 · 1 thread, speed-up 2.00" in page and "slower at batch 1 · 4 threads" in page
+    assert "thread" not in render(reports["run"]).split("Size")[1].split("Fidelity")[0]
+
+
+def test_text_is_sorted_by_what_it_says(reports: Reports) -> None:
+    # its cell also shows the number of a dot and the maker
+    assert 'data-value="int8-weight-only"' in render(reports["benchmark"])
+
+
 def test_a_megabyte_is_enough(reports: Reports) -> None:
     assert all(len(render(data).encode()) < 1_000_000 for data in reports.values())
 

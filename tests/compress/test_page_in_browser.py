@@ -24,6 +24,7 @@ BROWSERS = (
     "chromium-browser",
     "google-chrome",
     "google-chrome-stable",
+    "chrome",
 )
 INSTALL = "apt-get install chromium-headless-shell, or playwright install --only-shell chromium"
 Open = Callable[..., Any]
@@ -55,7 +56,7 @@ CONTRAST = """() => {
     worst.push([(a + 0.05) / (b + 0.05), element.tagName + "." + element.getAttribute("class") + ": " + element.textContent.slice(0, 30)]);
   }
   return worst.sort((x, y) => x[0] - y[0])[0];
-}"""  # noqa: E501
+}"""  # noqa: E501 - JavaScript
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def test_sizes(nbytes: int, words: str) -> None:
 def report() -> Report:
     report = compress.run(make("convnet"), "int8", example_inputs=MODELS["convnet"].inputs(2)).report
     comparison = Comparison("file vs original", "out", (2, 10), 30.0, 0.999, 0.1, 1.0)
-    timing = Timing({"batch": 1}, 2.0, 4.0, 0.5, 0.01, 100)
+    timing = Timing({"batch": 1}, 2.0, 4.0, 0.5, 0.01, 100, threads=2)
     report.verification = Verification("samples", (comparison,), (timing,), environment={"threads": 2})
     return report
 

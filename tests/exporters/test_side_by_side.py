@@ -27,7 +27,9 @@ def test_peers_write_files_that_are_compared_and_timed(files: tuple[SideBySide, 
     side, path = files
     peer = "ort-int8-dynamic"
     assert peer in side.peers() and side.unsuitable(peer, path, calibrated=False) == ""
-    written = side.quantize(peer, path, path.with_name("int8.onnx"), None)
+    written = path.with_name("int8.onnx")
+    assert side.quantize(peer, path, written, None) == written.stat().st_size
+    assert sorted(p.name for p in path.parent.iterdir()) == ["float.onnx", "int8.onnx"]
     (found,) = side.verify(written, samples=[(torch.randn(4, 24),)]).comparisons
     assert found.what == "file vs original" and 0.99 < found.cosine < 1
     opened, failed = side.open({"float": path, "int8": written}, threads=1)

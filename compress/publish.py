@@ -23,9 +23,26 @@ def check_writable(path: Path) -> None:
     if not folder.is_dir():
         raise OutputError(f"the folder {folder} does not exist", fix=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} is not writable", fix="choose another place with -o")
+        raise OutputError(f"the folder {folder} is not writable", fix="choose another place")
     if path.exists() and not os.access(path, os.W_OK):
-        raise OutputError(f"{path} is write-protected", fix="choose another name with -o")
+        raise OutputError(f"{path} is write-protected", fix="choose another name")
+
+
+def check_apart(path: Path, read: Sequence[str | Path | None]) -> None:
+    """Find out before any work is done whether a file would replace one that is needed.
+
+    Args:
+        path: to write.
+        read: what is read, or written beside it: paths, or ``file.py:callable``; None is nothing.
+
+    Raises:
+        OutputError: it would.
+    """
+    for given in filter(None, map(str, filter(None, read))):
+        for name in filter(None, {given, given.rpartition(":")[0]}):
+            same = path.exists() and Path(name).exists() and path.samefile(name)
+            if same or path.absolute() == Path(name).absolute():
+                raise OutputError(f"{path} is one of the files read or written", fix="choose another name")
 
 
 @contextmanager
@@ -43,7 +60,7 @@ def temporary(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}",
-            fix="free some room, or choose -o elsewhere",
+            fix="free some room, or choose another place",
         ) from error
 
 
