@@ -99,15 +99,29 @@ class Context:
         sites: Sequence[Site],
         visit: Visitor,
         needs: frozenset[Need] = frozenset({"diag"}),
+        original: Graph | None = None,
     ) -> Graph:
-        """`compress.calibration.sweep` with this context's data; data-free if there is none."""
+        """`compress.calibration.sweep` with this context's data; data-free if there is none.
+
+        Args:
+            graph, sites, visit, needs: as there.
+            original: whose inputs x the statistics compare with. A weight W is to give on its inputs what W
+                gives on x, so by default this is the reference only while it has the weights that the sites
+                have now. Those that an earlier pass pruned or trained fit the inputs they got then: with
+                these and x of the reference, W x is what no model says.
+        """
+        if original is None:
+            # what is encoded already is not visited to be changed
+            weights = {site.weight for site in sites} - set(graph.encodings)
+            unchanged = all(graph.tensors[w] is self.reference.tensors.get(w) for w in weights)
+            original = self.reference if unchanged else graph
         batches = None if self.calibration is None else self.calibration.inputs()
         return sweep(
             graph,
             sites,
             visit,
             batches=batches,
-            reference=self.reference,
+            reference=original,
             needs=needs,
             max_memory=self.max_memory,
             progress=self.progress,

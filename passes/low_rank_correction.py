@@ -60,7 +60,7 @@ class LowRankCorrection(Pass):
 
         # a graph of plain values takes the sums, and is not needed any more
         needs: frozenset[Need] = frozenset({"diag", "H", "G", "held_out"})
-        context.sweep(graph.decoded(), sites, visit, needs)
+        context.sweep(graph.decoded(), sites, visit, needs, original=context.reference)
         result = graph.copy()
         for site, (first, last) in factors.items():
             _add_branch(result, site, first, last)

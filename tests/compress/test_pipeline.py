@@ -6,13 +6,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import compress
 from compress.activations import QUANTIZERS, rounding
+from compress.calibration import Statistics
+from compress.data import load_calibration
 from compress.errors import PassError
+from compress.graph import Site
 from compress.passes import PASSES
 from compress.pipeline import Context, Pass, PassResult, Pipeline, example_inputs, matches
-from compress.testing import MODELS, make
+from compress.testing import MODELS, assert_close, make
 
 
 @pytest.fixture
@@ -107,6 +111,37 @@ def test_exact_passes_are_what_later_ones_aim_at(graph: compress.Graph) -> None:
     Pipeline((Lossy(), Exact(), Lossy(), Lossy())).run(graph, Context(graph))
     assert seen[0] is seen[1] is graph
     assert seen[2] is seen[3] is not graph
+
+
+def test_weights_that_a_pass_changed_are_compared_on_the_inputs_they_fit() -> None:
+    """G = E[x~ x^T], with x of the graph whose weights they fit."""
+    g = torch.Generator().manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).eval(), torch.randn(20, 6, generator=g)
+    captured = compress.capture(model, (x[:2],))
+    context = Context(captured, load_calibration(x, inputs=captured.inputs))
+    pruned = captured.copy()
+    pruned.set_weight("0.weight", pruned.weight("0.weight").triu())
+
+    def found(graph: compress.Graph, **options: Any) -> Tensor:
+        seen: list[Statistics] = []
+
+        def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Tensor:
+            assert statistics is not None
+            seen.append(statistics)
+            return weight * 0.5
+
+        context.sweep(graph, graph.sites(), visit, frozenset({"H", "G"}), **options)
+        assert seen[1].G is not None
+        return seen[1].G[0]
+
+    def expected(graph: compress.Graph, original: compress.Graph) -> Tensor:
+        weights = 0.5 * graph.weight("0.weight"), original.weight("0.weight")
+        now, then = (x @ w.T + captured.tensors["0.bias"] for w in weights)
+        return now.T @ then / len(x)
+
+    assert_close(expected(captured, captured), found(captured), db=80)
+    assert_close(expected(pruned, pruned), found(pruned), db=80)
+    assert_close(expected(pruned, captured), found(pruned, original=captured), db=80)
 
 
 @pytest.mark.parametrize(
