@@ -225,7 +225,7 @@ def inspect(
     for the layers.
     """
     import compress
-    from compress.examples import described, first_sample
+    from compress.examples import to_capture_with
     from compress.picture import check
     from compress.report import size_words
     from compress.sniff import sniff
@@ -240,10 +240,7 @@ def inspect(
     memory, norm = size_in_bytes(max_memory), mean_and_std(normalize)
     found = sniff(Path(source))
     data: dict[str, Any] = {"kind": found.kind.value, "detail": found.detail}
-    example, items = None, None
-    if calibration is not None:
-        known = bool(inputs) or described(source, kv_cache)
-        example, items = (None, calibration) if known else first_sample(calibration, source)
+    example, items = to_capture_with(source, None, inputs, calibration, kv_cache)
     try:
         graph = trusting(
             lambda ok: compress.capture(

@@ -24,7 +24,7 @@ from compress.capture import Source, capture
 from compress.data import describe_missing
 from compress.divergence import Divergence
 from compress.errors import ExportError, ModelFileError, OutputError, PassError
-from compress.examples import described, first_sample, read_calibration, some_samples
+from compress.examples import read_calibration, some_samples, to_capture_with
 from compress.graph import Graph
 from compress.head import last_position
 from compress.inputs import InputSpec
@@ -116,8 +116,7 @@ def run(
     # the recipe first: a typing error in it should not cost a minute of loading
     plan = resolve(recipe)
     pipeline, resolved = _pipeline(plan, recipe)
-    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
-        example_inputs, calibration = first_sample(calibration, source)
+    example_inputs, calibration = to_capture_with(source, example_inputs, inputs, calibration, kv_cache)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
     if check is not None:
         check(reference)
@@ -266,8 +265,7 @@ def profile(
     from compress.passes.cleanup import Cleanup
     from compress.passes.solvers.drafts import drafts, ranks
 
-    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
-        example_inputs, calibration = first_sample(calibration, source)
+    example_inputs, calibration = to_capture_with(source, example_inputs, inputs, calibration, kv_cache)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
     data = read_calibration(calibration, reference, tokenizer, samples, normalize, seed)
     graph = Cleanup.model_validate({}).apply(reference, Context(reference)).graph

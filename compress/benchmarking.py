@@ -24,7 +24,7 @@ from compress.benchmark_result import Baseline, Benchmark, Entry
 from compress.capture import Source, capture
 from compress.data import CalibrationData, describe_missing
 from compress.errors import CompressError, InputSpecError, RecipeError
-from compress.examples import described, first_sample, read_calibration, some_samples
+from compress.examples import read_calibration, some_samples, to_capture_with
 from compress.graph import Graph
 from compress.inputs import InputSpec
 from compress.perplexity import EvalFn, Perplexity
@@ -148,8 +148,7 @@ def benchmark(
         raise InputSpecError(f"threads are {list(threads)}", expected="at least one positive number")
     stages = _Stages(progress or Silent())
     stages.start("capture", 0)
-    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
-        example_inputs, calibration = first_sample(calibration, source)
+    example_inputs, calibration = to_capture_with(source, example_inputs, inputs, calibration, kv_cache)
     reference = capture(source, example_inputs, inputs=inputs, model=model, trust=trust, kv_cache=kv_cache)
     tools.check_graph(reference)
     if isinstance(eval_fn, Perplexity):

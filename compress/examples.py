@@ -31,6 +31,15 @@ def described(source: object, kv_cache: bool | None) -> bool:
     return kv_cache is None and isinstance(source, str | Path) and causal_lm_folder(Path(source))
 
 
+def to_capture_with(
+    source: object, example_inputs: Any, inputs: Sequence[Any], calibration: Any, kv_cache: bool | None
+) -> tuple[Any, Any]:
+    """Example inputs, those given or `first_sample` where nothing else says what goes in, and the data."""
+    if example_inputs is None and not inputs and calibration is not None and not described(source, kv_cache):
+        return first_sample(calibration, source)
+    return example_inputs, calibration
+
+
 def first_sample(calibration: Any, source: object) -> tuple[Any, Any]:
     """Example inputs, and the calibration data with nothing taken away from it.
 
