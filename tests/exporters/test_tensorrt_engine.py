@@ -115,6 +115,23 @@ def test_engines_differ_by_their_weights(kind: str, rounded: bool, tmp_path: Pat
     assert sizes[512] == pytest.approx(sizes[128], rel=0.02)
 
 
+def test_blocks_are_as_long_as_shapes_say(tmp_path: Path) -> None:
+    """Whatever `block_size` says: a row that ends within a block has to be written as a longer one."""
+    path = product(tmp_path, "int4")
+    model = onnx.load(path)
+    scales = next(t for t in model.graph.initializer if t.name == "s0")
+    for count in (3, 4):
+        scales.CopyFrom(tensor("s0", np.full((WIDTH, count), 0.01, np.float16)))
+        (size,) = (a for a in model.graph.node[0].attribute if a.name == "block_size")
+        assert size.i == 32
+        onnx.save(model, path)
+        if WIDTH % count:
+            with pytest.raises(ExportError, match="must divide into whole blocks"):
+                built(path)
+        else:
+            assert ("Half", (4, WIDTH)) in [c for layer in built(path).layers for c in layer.constants]
+
+
 def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
