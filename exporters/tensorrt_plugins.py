@@ -16,11 +16,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import math
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compress.errors import ExportError, MissingExtra
 from compress.exporters.tensorrt_engine import builds_for_others
@@ -31,12 +34,34 @@ if TYPE_CHECKING:
 NAMESPACE = "compress"
 """Of the plugins, and of their ONNX nodes."""
 
-INPUTS = {
-    "w4_matmul": ("x", "codes", "scales", "zero_points"),
-    "w4_sparse24_matmul": ("x", "codes", "metadata", "scales", "zero_points"),
+
+@dataclass(frozen=True)
+class Plugin:
+    """What TensorRT is told of a kernel.
+
+    Attributes:
+        inputs: names, in the order of the kernel's arguments. All but the first are constants.
+        rows: axes of the first input that y has as well, in front of its last.
+        columns: the constant, by name, and its axis, that is as long as the last axis of y. The kernel is
+            compiled for its type, and for that of the first input.
+        attributes: lists of whole numbers in the node. All have `gpu` before them, the compute capability the
+            codes are ordered for, such as 90.
+    """
+
+    inputs: tuple[str, ...]
+    rows: slice
+    columns: tuple[str, int]
+    attributes: tuple[str, ...] = ()
+
+
+PLUGINS = {
+    "w4_matmul": Plugin(("x", "codes", "scales", "zero_points"), slice(0, -1), ("scales", 1)),
+    "w4_sparse24_matmul": Plugin(
+        ("x", "codes", "metadata", "scales", "zero_points"), slice(0, -1), ("scales", 1)
+    ),
+    "vq_logits": Plugin(("products", "codes", "token_bias"), slice(1, None), ("token_bias", 0), ("sizes",)),
 }
-"""Plugin -> names of its inputs, in the order of the kernel's arguments. All but x are constants. Each has
-one attribute, `gpu`: the compute capability its codes are ordered for, such as 90."""
+"""By the name of the operator in PyTorch."""
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
 
@@ -64,18 +89,19 @@ def sparse_works() -> bool:
 
 
 def launches(
-    name: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], gpu: int
+    name: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], gpu: int, *more: Sequence[int]
 ) -> list[Launch]:
     """Every kernel there is for these inputs; a tactic is its place in this list, counted from 1.
 
     Args:
         name: of the plugin.
-        shapes: of its inputs; sizes of x but the last may be -1.
-        dtypes: of x and of the scales.
+        shapes: of its inputs; rows of the first may be -1.
+        dtypes: of the first input, and of the constant that is named in `Plugin.columns`.
         gpu: compute capability.
+        more: `Plugin.attributes`.
     """
     kernels = importlib.import_module(f"compress.kernels.{name}.plugin")
-    found: list[Launch] = kernels.launches(shapes, *dtypes, gpu)
+    found: list[Launch] = kernels.launches(shapes, *dtypes, gpu, *more)
     return found
 
 
@@ -83,46 +109,53 @@ def launches(
 def register() -> None:
     """Make the plugins known to TensorRT, once per process, before a file with their nodes is read."""
     plugin = importlib.import_module("tensorrt.plugin")
-    for name in INPUTS:
-        _register(plugin, name)
+    for name, told in PLUGINS.items():
+        _register(plugin, name, told)
 
 
-def _register(trtp: Any, name: str) -> None:
-    inputs = INPUTS[name]
-    scales = inputs.index("scales")
+def _register(trtp: Any, name: str, plugin: Plugin) -> None:
+    constant, axis = plugin.inputs.index(plugin.columns[0]), plugin.columns[1]
+    count, attributes = len(plugin.inputs), 1 + len(plugin.attributes)
 
-    def choices(descs: Sequence[Any], gpu: int) -> list[Launch]:
+    def rows_of(descs: Sequence[Any]) -> list[Any]:
+        return [descs[0].shape_expr[i] for i in range(descs[0].ndim)[plugin.rows]]
+
+    def choices(descs: Sequence[Any], gpu: int, *more: Any) -> list[Launch]:
         shapes = [tuple(d.shape) for d in descs]
-        return launches(name, shapes, [_DTYPES[descs[i].dtype.name] for i in (0, scales)], gpu)
+        dtypes = [_DTYPES[descs[i].dtype.name] for i in (0, constant)]
+        return launches(name, shapes, dtypes, gpu, *(tuple(map(int, numbers)) for numbers in more))
 
-    def describe(*descs: Any, gpu: int) -> Any:
+    def describe(*descs: Any, **_: Any) -> Any:
         y = descs[0].like()
-        y.shape_expr[y.ndim - 1] = descs[scales].shape_expr[1]
+        for i, size in enumerate([*rows_of(descs), descs[constant].shape_expr[axis]]):
+            y.shape_expr[i] = size
         return y
 
     def tune(*arguments: Any) -> list[Any]:
-        *descs, gpu, outputs = arguments
-        fitting = [i for i, launch in enumerate(choices(descs, gpu), 1) if launch.fits]
+        descs, numbers = arguments[:count], arguments[count : count + attributes]
+        (outputs,) = arguments[count + attributes :]
+        fitting = [i for i, launch in enumerate(choices(descs, *numbers), 1) if launch.fits]
         if not fitting:
-            raise ExportError(f"no kernel of {name} fits sm{gpu}")
+            raise ExportError(f"no kernel of {name} fits sm{numbers[0]}")
         types = ", ".join(d.dtype.name for d in (*descs, *outputs))
         return [trtp.AutoTuneCombination(types, "LINEAR", fitting)]
 
     def compiled(*arguments: Any) -> tuple[str, str, Any, Any]:
-        *descs, gpu, _, tactic = arguments
-        launch = choices(descs, gpu)[tactic - 1]
-        m = math.prod(descs[0].shape_expr[1 : descs[0].ndim - 1], start=descs[0].shape_expr[0])
+        descs, numbers = arguments[:count], arguments[count : count + attributes]
+        _, tactic = arguments[count + attributes :]
+        launch = choices(descs, *numbers)[tactic - 1]
+        m = functools.reduce(operator.mul, rows_of(descs))
         return (launch.ptx.name, launch.ptx.text, *_launch(trtp, launch, m))
 
     plugin_id = f"{NAMESPACE}::{name}"
-    trtp.register(plugin_id)(_signed(describe, trtp, inputs, (), trtp.TensorDesc))
-    trtp.autotune(plugin_id)(_signed(tune, trtp, inputs, ("outputs",), list[trtp.AutoTuneCombination]))
+    trtp.register(plugin_id)(_signed(describe, trtp, plugin, (), trtp.TensorDesc))
+    trtp.autotune(plugin_id)(_signed(tune, trtp, plugin, ("outputs",), list[trtp.AutoTuneCombination]))
     returns = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    trtp.aot_impl(plugin_id)(_signed(compiled, trtp, inputs, ("outputs", "tactic"), returns))
+    trtp.aot_impl(plugin_id)(_signed(compiled, trtp, plugin, ("outputs", "tactic"), returns))
 
 
 def _launch(trtp: Any, launch: Launch, m: Any) -> tuple[Any, Any]:
-    """Grid, block and shared memory, and the whole numbers; `m` is an expression for the rows of x."""
+    """Grid, block and shared memory, and the whole numbers; `m` is an expression for the rows of y."""
     parameters = trtp.KernelLaunchParams()
     parameters.grid_x = launch.blocks
     parameters.grid_y = trtp.cdiv(m, launch.rows)
@@ -132,10 +165,11 @@ def _launch(trtp: Any, launch: Launch, m: Any) -> tuple[Any, Any]:
     return parameters, trtp.SymIntExprs.from_tuple(numbers)
 
 
-def _signed(function: Any, trtp: Any, inputs: Sequence[str], more: Sequence[str], returns: Any) -> Any:
-    """The function with the signature that TensorRT reads: tensors, the attribute, and what it passes on."""
+def _signed(function: Any, trtp: Any, plugin: Plugin, more: Sequence[str], returns: Any) -> Any:
+    """The function with the signature that TensorRT reads: tensors, the attributes, and what it passes on."""
     kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    annotations = {**dict.fromkeys(inputs, trtp.TensorDesc), "gpu": int, **dict.fromkeys(more, empty)}
+    annotations = {**dict.fromkeys(plugin.inputs, trtp.TensorDesc), "gpu": int}
+    annotations |= dict.fromkeys(plugin.attributes, NDArray[np.int64]) | dict.fromkeys(more, empty)
     listed = [inspect.Parameter(name, kind, annotation=a) for name, a in annotations.items()]
     function.__signature__ = inspect.Signature(listed, return_annotation=returns)
     return function

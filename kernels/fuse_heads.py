@@ -28,13 +28,13 @@ _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Codes:
+class Codes:
     """Coarse logits.
 
     Attributes:
         product: the layer that multiplies by all codebooks.
         parts: of each stage, where its codebook begins and ends, and the name of its map.
-        token_bias: what is added to them, or None.
+        token_bias: the tensor of biases ``[V]`` that is added to them, or None.
         logits: the operator that gives them.
     """
 
@@ -42,6 +42,22 @@ class _Codes:
     parts: tuple[tuple[int, int, str], ...]
     token_bias: fx.Node | None
     logits: fx.Node
+
+    @property
+    def stem(self) -> str:
+        """What the names of its maps begin with, such as "lm_head."."""
+        return self.parts[0][2].removesuffix("map0")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each codebook."""
+        return [end - start for start, end, _ in self.parts]
+
+    def maps(self, graph: Graph) -> Tensor:
+        """Integers ``[stages, V]``, as wide as the widest that are stored."""
+        maps = [graph.tensors[name] for _, _, name in self.parts]
+        widest = max((m.dtype for m in maps), key=lambda dtype: dtype.itemsize)
+        return torch.stack([m.to(widest) for m in maps])
 
 
 @dataclass(frozen=True)
@@ -56,13 +72,17 @@ class _Candidates:
 
 def fuse_heads(graph: Graph) -> None:
     """Replace the operators of every head in codes, in place."""
-    for product in [node for node in graph.ops.nodes if node.target is _aten.linear.default]:
-        codes = _codes(graph, product)
-        if codes is not None:
-            _replace(graph, codes, _candidates(graph, codes))
+    for codes in find_codes(graph):
+        _replace(graph, codes, _candidates(graph, codes))
 
 
-def _codes(graph: Graph, product: fx.Node) -> _Codes | None:
+def find_codes(graph: Graph) -> list[Codes]:
+    """The heads in codes of a graph."""
+    products = [node for node in graph.ops.nodes if node.target is _aten.linear.default]
+    return [codes for product in products if (codes := _codes(graph, product)) is not None]
+
+
+def _codes(graph: Graph, product: fx.Node) -> Codes | None:
     """The coarse logits of which this is the product, if it is one of codebooks."""
     weight: Any = product.args[1]
     name = graph._weight_name(weight)
@@ -103,7 +123,7 @@ def _map(graph: Graph, node: fx.Node) -> str | None:
     return name if indices.op == "get_attr" and name in graph.tensors else None
 
 
-def _sum(graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, str]]) -> _Codes | None:
+def _sum(graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, str]]) -> Codes | None:
     """The sum of all that is picked from a product, in this order, and perhaps a bias."""
     total, *rest = picks
     for pick in rest:
@@ -120,10 +140,10 @@ def _sum(graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, st
         if other is not None and other.ndim == 1:
             token_bias, total = last.args[1], last
     assert token_bias is None or isinstance(token_bias, fx.Node)
-    return _Codes(product, tuple(picks.values()), token_bias, total)
+    return Codes(product, tuple(picks.values()), token_bias, total)
 
 
-def _candidates(graph: Graph, codes: _Codes) -> _Candidates | None:
+def _candidates(graph: Graph, codes: Codes) -> _Candidates | None:
     """The exact part of the head with these coarse logits, if all that reads them belongs to one."""
     scatter = next((user for user in codes.logits.users if user.target is _aten.scatter.src), None)
     if scatter is None or len(codes.logits.users) != 2 or scatter.args[:2] != (codes.logits, -1):
@@ -168,28 +188,26 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _replace(graph: Graph, codes: _Codes, exact: _Candidates | None) -> None:
+def _replace(graph: Graph, codes: Codes, exact: _Candidates | None) -> None:
     old = codes.logits if exact is None else exact.logits
     hidden, codebook = codes.product.args[:2]
-    maps = [graph.tensors[name] for _, _, name in codes.parts]
-    widest = max((m.dtype for m in maps), key=lambda dtype: dtype.itemsize)
-    stacked = torch.stack([m.to(widest) for m in maps])
-    stem = codes.parts[0][2].removesuffix("map0")
+    stacked, stem = codes.maps(graph), codes.stem
     token_bias: Any = codes.token_bias
     added = _plain(graph, argument(codes.product, "bias", None))
     with graph.ops.inserting_before(old):
         maps_node = _tensor(graph, f"{stem}codes", stacked)
         if added is not None:
             # a bias of entries is one of tokens
-            whole = torch.zeros(len(maps[0])) if token_bias is None else _plain(graph, token_bias)
+            whole = torch.zeros(stacked.shape[1]) if token_bias is None else _plain(graph, token_bias)
             assert whole is not None
             whole = whole.float()
             for start, end, name in codes.parts:
                 whole = whole + added[start:end].float()[graph.tensors[name].long()]
             token_bias = _tensor(graph, f"{stem}token_bias", whole)
-        sizes = [end - start for start, end, _ in codes.parts]
         rest = (None, None, 0) if exact is None else (exact.rows, exact.bias, exact.count)
-        new = graph.ops.call_function(VQ_LOGITS, (hidden, codebook, maps_node, sizes, token_bias, *rest))
+        new = graph.ops.call_function(
+            VQ_LOGITS, (hidden, codebook, maps_node, codes.sizes, token_bias, *rest)
+        )
     new.meta.update(old.meta)
     old.replace_all_uses_with(new)
     graph.prune_dead_code()

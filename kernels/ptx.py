@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 
 from compress.kernels.inspection import assemble, build
@@ -24,6 +25,10 @@ Programming Guide, "Compute Capabilities"). No host is known here to ask."""
 _VERSION, _LATER = 87, 88
 """Of PTX, as Triton counts it: that of CUDA 12.8, which knows GPUs up to 12.0, and of CUDA 12.9. A driver
 takes none that is newer than itself, and Triton's own choice is the newest it can write."""
+
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+"""Types of what plugins compute in, as Triton names a pointer to them."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ class Ptx:
 
 @dataclass(frozen=True)
 class Launch:
-    """One way to compute ``y[M, N]`` of ``x[M, K]`` by a single launch, for any M.
+    """One way to compute ``y[M, N]`` by a single launch, for any M.
 
     Its arguments are pointers to the inputs, then M and `scalars` as int32, then the pointer to y.
 
     Attributes:
         ptx: the program.
-        blocks: of the grid in x; in y it has one for each `rows` rows of x.
-        rows: of x per block.
+        blocks: of the grid in x; in y it has one for each `rows` rows of y.
+        rows: of y per block.
         scalars: whole numbers behind M.
     """
 
@@ -75,16 +80,22 @@ def emit(
     kernel: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
-    aligned: Collection[str],
+    uneven: Collection[str],
     capability: int,
     warps: int,
     stages: int,
 ) -> Ptx:
-    """Compile a kernel to PTX without hidden parameters; arguments as for `inspection.compile_for`.
+    """Compile a kernel to PTX without hidden parameters.
+
+    Args:
+        uneven: of `types`, numbers that no multiple of 16 need be. All others are, as Triton would find by
+            itself where it launches; hosts align tensors to 256 bytes.
+        kernel, types, constants, capability, warps, stages: as for `inspection.compile_for`.
 
     Raises:
         RuntimeError: the kernel needs scratch memory, or ``ptxas`` does not take the program.
     """
+    aligned = [name for name in types if name not in uneven]
     version = _VERSION if capability <= 120 else _LATER
     with triton.knobs.compilation.scope():
         # where the source lies on this machine is nothing for an engine

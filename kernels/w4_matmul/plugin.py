@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress.kernels.ptx import Launch, Ptx, emit
+from compress.kernels.ptx import POINTERS, Launch, Ptx, emit
 from compress.kernels.tuning import Config, Problem, fits
 from compress.kernels.w4_matmul.layout import kwidth_of, layout_for, pack
 from compress.kernels.w4_matmul.triton import constants, matmul_kernel
@@ -117,15 +117,12 @@ def _emit(
     even_steps: bool,
     capability: int,
 ) -> Ptx:
-    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     types = {
-        "x_ptr": pointer, "q_ptr": "*i32", "s_ptr": "*i32", "z_ptr": "*i32",
-        "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32", "y_ptr": pointer,
+        "x_ptr": POINTERS[dtype], "q_ptr": "*i32", "s_ptr": "*i32", "z_ptr": "*i32",
+        "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32", "y_ptr": POINTERS[dtype],
     }  # fmt: skip
-    # what Triton would find by itself where it launches; hosts align tensors to 256 bytes
-    other = {"M"} | (set() if even_rows else {"N"}) | (set() if even_steps else {"STEPS"})
+    uneven = {"M"} | (set() if even_rows else {"N"}) | (set() if even_steps else {"STEPS"})
     kwidth = kwidth_of(layout_for(divmod(capability, 10)))
     columns = step * group if even else 0
     fixed = constants(config, group, step, kwidth, scales, True, columns, 1, False)
-    aligned = [name for name in types if name not in other]
-    return emit(plugin_kernel, types, fixed, aligned, capability, config.warps, config.stages)
+    return emit(plugin_kernel, types, fixed, uneven, capability, config.warps, config.stages)

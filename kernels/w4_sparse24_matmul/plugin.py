@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.encoding import pack as pack_bits
-from compress.kernels.ptx import Launch, Ptx, emit
+from compress.kernels.ptx import POINTERS, Launch, Ptx, emit
 from compress.kernels.w4_sparse24_matmul.layout import pack
 from compress.kernels.w4_sparse24_matmul.triton import WARPS, constants, sparse_kernel
 
@@ -98,10 +98,8 @@ def _emit(
         "x_ptr": "*i32", "q_ptr": "*i32", "e_ptr": "*i32",
         "s_ptr": "*fp32" if scales == torch.float32 else "*i64", "z_ptr": "*i32",
         "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32",
-        "y_ptr": {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype],
+        "y_ptr": POINTERS[dtype],
     }  # fmt: skip
-    # what Triton would find by itself where it launches; hosts align tensors to 256 bytes
-    other = {"M"} | (set() if even_rows else {"N"}) | (set() if even_steps else {"STEPS"})
+    uneven = {"M"} | (set() if even_rows else {"N"}) | (set() if even_steps else {"STEPS"})
     fixed = constants(blocks, 1, stages, scales, True, dtype == torch.float16)
-    aligned = [name for name in types if name not in other]
-    return emit(plugin_kernel, types, fixed, aligned, capability, WARPS, stages)
+    return emit(plugin_kernel, types, fixed, uneven, capability, WARPS, stages)

@@ -18,6 +18,7 @@ import numpy as np
 import tensorrt_bindings as trt
 
 from compress.exporters import tensorrt_plugins
+from compress.kernels.vq_logits import plugin as vq
 from compress.kernels.w4_matmul import plugin as w4
 from compress.kernels.w4_sparse24_matmul import plugin as w4_sparse24
 
@@ -108,18 +109,24 @@ def sizes_of(shape: tuple[int, ...]) -> list[Expression]:
     return [size(n) for n in shape]
 
 
-def build(name: str, gpu: int, shapes: list[tuple[int, ...]], kinds: list[Any]) -> dict[str, Any]:
-    """What TensorRT does with one node."""
-    fields = trt.PluginFieldCollection([trt.PluginField("gpu", np.array([gpu]), trt.PluginFieldType.INT64)])
+def build(
+    name: str, gpu: int, shapes: list[tuple[int, ...]], kinds: list[Any], **lists: list[int]
+) -> dict[str, Any]:
+    """What TensorRT does with one node; `lists` are attributes besides `gpu`."""
+    attributes = {"gpu": [gpu], **lists}
+    fields = trt.PluginFieldCollection(
+        [trt.PluginField(n, np.array(v), trt.PluginFieldType.INT64) for n, v in attributes.items()]
+    )
     creator, aot = REGISTRY.creators[name], trt.QuickPluginCreationRequest.STRICT_AOT
-    assert [field.name for field in creator.field_names] == ["gpu"]
+    assert [field.name for field in creator.field_names] == list(attributes)
     made = creator.create_plugin(name, "compress", fields, trt.TensorRTPhase.BUILD, aot)
     assert made.get_num_outputs() == 1
     assert made.get_output_data_types(kinds, [len(shape) for shape in shapes]) == [kinds[0]]
     (sizes,) = made.get_output_shapes([sizes_of(shape) for shape in shapes], [], Expressions())
     y = [size.value(AT) for size in sizes]
     in_out = [described(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
-    in_out.append(described((*shapes[0][:-1], y[-1]), kinds[0]))
+    rows = shapes[0][1:] if name == "vq_logits" else shapes[0][:-1]
+    in_out.append(described((*rows, y[-1]), kinds[0]))
     combinations = made.get_supported_format_combinations(in_out, len(shapes))
     assert [c.type for c in combinations] == [*kinds, kinds[0]]
     assert all(c.format == trt.TensorFormat.LINEAR for c in combinations)
@@ -146,12 +153,15 @@ def main() -> None:
     tensorrt_plugins.register()
     tensorrt_plugins.register()  # once is enough
     w4.CONFIGS, w4_sparse24.CONFIGS = w4.CONFIGS[:1], w4_sparse24.CONFIGS[:1]
+    vq.CONFIGS = vq.CONFIGS[2:3]
     half, whole = trt.float16, trt.int32
     shapes = [(-1, -1, 4096), (256, 64, 32, 4), (16, 4080, 2), (16, 4080)]
     found = {"w4_matmul": build("w4_matmul", 90, shapes, [half, whole, half, whole])}
     shapes = [(-1, 4096), (256, 32, 32, 4), (256, 32, 32, 2), (32, 4080, 4), (32, 4080)]
     kinds = [half, whole, whole, half, whole]
     found["w4_sparse24_matmul"] = build("w4_sparse24_matmul", 80, shapes, kinds)
+    shapes = [(1032, -1, -1), (100514,), (50257,)]
+    found["vq_logits"] = build("vq_logits", 120, shapes, [half, whole, half], sizes=[264, 256, 256, 256])
     print(json.dumps(found))
 
 

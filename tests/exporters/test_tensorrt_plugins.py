@@ -30,10 +30,11 @@ from compress.errors import MissingExtra, VerificationError
 from compress.exporters import find, tensorrt_plugins, to_tensorrt
 from compress.exporters.tensorrt_engine import Built
 from compress.exporters.tensorrt_plugin_nodes import runnable
-from compress.exporters.tensorrt_plugins import INPUTS, launches, plugins_for
+from compress.exporters.tensorrt_plugins import PLUGINS, launches, plugins_for
 from compress.exporters.tensorrt_run import source_of
 from compress.exporters.tensorrt_support import reasons_of_passes
 from compress.kernels.ptx import Ptx
+from compress.kernels.vq_logits import layout, reference
 from compress.kernels.w4_matmul import plugin as w4
 from compress.recipes import named
 
@@ -169,6 +170,110 @@ def test_a_wrong_code_in_the_file_is_noticed(
     assert not list(tmp_path.iterdir())
 
 
+# -- heads in codes ----------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(600, 32)
+        self.mid = nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 600, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(3 * self.mid(self.embed(ids)).tanh())
+        return out
+
+
+HEADS: dict[str, list[dict[str, Any]]] = {
+    "stages": [{"pass": "vq_logits", "codes": 16, "stages": 3, "singletons": 8, "epochs": 0.5}],
+    "wide": [{"pass": "vq_logits", "codes": 300, "stages": 1, "token_bias": False, "epochs": 0}],
+    "screen": [{"pass": "screen_logits", "codes": 16, "stages": 2, "candidates": 20, "epochs": 0}],
+    "packed": [
+        {"pass": "vq_logits", "codes": 64, "stages": 2, "epochs": 0},
+        {**ASYMMETRIC, "targets": ["linear"]},
+    ],
+}
+
+
+@functools.cache
+def head(name: str) -> compress.Result:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Tokens().eval()
+    ids = torch.randint(0, 600, (16, 7), generator=torch.Generator().manual_seed(1))
+    recipe = {"passes": [{"pass": "cleanup"}, *HEADS[name]]}
+    return compress.run(module, recipe, inputs=["ids:int64[batch=1,seq=7]"], calibration=[ids])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_nodes_of_heads(name: str, datacenter: None, tmp_path: Path) -> None:
+    """One node for all lookups of a head, whatever multiplies by its codebooks and who reads its logits."""
+    result = head(name)
+    path = tmp_path / "m.engine"
+    artifact = compress.export(result.graph, path, "tensorrt", samples=result.samples)
+    assert artifact.proof_db > 45
+    kind, attributes, (words, bias) = plugin_nodes(source_of(path))["lm_head"]
+    sizes = {"stages": [24, 16, 16], "wide": [300], "screen": [16, 16], "packed": [64, 64]}[name]
+    assert kind == "vq_logits" and attributes == {
+        "plugin_namespace": b"compress", "plugin_version": b"1", "aot": 1, "gpu": 90, "sizes": sizes,
+    }  # fmt: skip
+    assert (words.dtype, bias.dtype, bias.shape) == ("int32", "float16", (600,))
+    graph = onnx.load(source_of(path)).graph
+    made = {output: node for node in graph.node for output in node.output}
+    node = next(node for node in graph.node if node.op_type == "vq_logits")
+    turned = made[node.input[0]]
+    assert turned.op_type == "Transpose" and list(turned.attribute[0].ints) == [2, 0, 1]
+    product = made[turned.input[0]]
+    if name == "packed":  # and its bias was corrected
+        assert product.op_type == "Add"
+        product = made[product.input[0]]
+    assert product.op_type == ("w4_matmul" if name == "packed" else "MatMul")
+    assert not {"Slice", "Add"} & {reader.op_type for reader in graph.node if turned.input[0] in reader.input}
+    # the lookups by the tensors of the node are the head's
+    codes = layout.unpack(torch.from_numpy(words.copy()), sizes, 600)
+    maps = [result.graph.tensors[f"lm_head.map{stage}"] for stage in range(len(sizes))]
+    assert torch.equal(codes.long(), torch.stack([m.long() for m in maps]))
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    entries = result.graph.weight("lm_head.codebook.weight")
+    token_bias = result.graph.tensors.get("lm_head.token_bias")
+    wanted = reference.vq_logits(hidden, entries, torch.stack(maps), sizes, token_bias, None, None, 0)
+    found = reference.vq_logits(
+        hidden, entries, codes, sizes, torch.from_numpy(bias.astype("float32")), None, None, 0
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+    forms = {form.weight: form.form for form in artifact.lowered}
+    assert forms["lm_head.codes"] == "compress.vq_logits"
+    launches_of_it = launches("vq_logits", [(sum(sizes), -1, -1), words.shape, bias.shape],
+                              [torch.float16, torch.float16], 90, sizes)  # fmt: skip
+    assert [launch.scalars for launch in launches_of_it] == [(600,)] * 5
+
+
+def test_a_wrong_code_of_a_head_is_noticed(
+    datacenter: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = layout.pack
+
+    def spoil(codes: Tensor, sizes: list[int]) -> Tensor:
+        return pack((codes + 1).remainder(torch.tensor(sizes).unsqueeze(1)), sizes)
+
+    monkeypatch.setattr("compress.kernels.vq_logits.plugin.pack", spoil)
+    with pytest.raises(VerificationError, match="differs from the graph"):
+        compress.export(head("stages").graph, tmp_path / "m.engine", "tensorrt")
+
+
+def test_heads_stay_operators_without_plugins(
+    datacenter: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_tensorrt, "plugins_for", lambda: None)
+    path = tmp_path / "m.engine"
+    artifact = compress.export(head("stages").graph, path, "tensorrt")
+    assert artifact.proof_db > 45 and not plugin_nodes(source_of(path))
+    assert sum(node.op_type == "Gather" for node in onnx.load(source_of(path)).graph.node) == 4
+
+
 def test_a_file_without_plugins_runs_itself(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     compress.export(compressed("ASYMMETRIC").graph, path)
@@ -296,6 +401,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         ("w4_matmul", [3, 7, 4080], [21, 4080, 4096, 16], (64, 2)),
         ("w4_sparse24_matmul", [3, 4080], [3, 4080, 2048, 32], (32, 1)),
+        ("vq_logits", [3, 7, 50257], [21, 50257], (393, 6)),
     ],
 )
 def test_what_tensorrt_would_launch(
@@ -310,8 +416,12 @@ def test_what_tensorrt_would_launch(
     assert (launch["block_x"], launch["block_y"], launch["block_z"]) == (128, 1, 1)
     assert 0 < launch["shared_mem"] <= 49152
     (listed,) = re.findall(rf"\.entry {launch['entry']}\(([^)]*)\)", launch["program"])
-    assert [p.split()[1] for p in listed.split(",")] == [".u64"] * len(INPUTS[name]) + [".u32"] * 4 + [".u64"]
-    assert f".target sm_{'90a' if name == 'w4_matmul' else '80'}" in launch["program"]
+    assert [p.split()[1] for p in listed.split(",")] == [".u64"] * len(PLUGINS[name].inputs) + [
+        *[".u32"] * len(numbers),
+        ".u64",
+    ]
+    target = {"w4_matmul": "90a", "w4_sparse24_matmul": "80", "vq_logits": "120a"}[name]
+    assert f".target sm_{target}" in launch["program"]
 
 
 def test_the_parser_looks_for_the_plugin(written: compress.Artifact) -> None:

@@ -15,6 +15,8 @@ from compress.kernels import ptx
 from compress.kernels.inspection import assemble, build
 from compress.kernels.ptx import SHARED, Launch, Ptx, emit, without_hidden
 from compress.kernels.tuning import Config
+from compress.kernels.vq_logits import plugin as vq
+from compress.kernels.vq_logits import triton as vq_triton
 from compress.kernels.w4_matmul import plugin as w4
 from compress.kernels.w4_matmul import triton as w4_triton
 from compress.kernels.w4_matmul.layout import step_of
@@ -23,6 +25,7 @@ from compress.kernels.w4_sparse24_matmul import triton as sparse_triton
 
 CAPABILITIES = (80, 89, 90, 120)
 COLUMNS, ROWS = 4096, 4080
+TOKENS, SIZES = 50257, (264, 256, 256, 256)
 
 PROGRAM = """
 .version 8.7
@@ -113,6 +116,25 @@ def test_programs_assemble(kernel: str, capability: int, monkeypatch: pytest.Mon
     assert product[kernel] in program.text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_lookups_assemble(capability: int) -> None:
+    """Every variant, with codes of one byte and of two."""
+    half = torch.float16
+    for sizes, tokens in ((SIZES, TOKENS), ((256,) * 4, 128256)):
+        words = (len(sizes) * tokens * (2 if sizes is SIZES else 1) + 3) // 4
+        shapes = [(sum(sizes), -1, -1), (words,), (tokens,)]
+        found = vq.launches(shapes, half, half, capability, sizes)
+        assert [(found.rows, found.scalars) for found in found] == [(m, (tokens,)) for m in (1, 2, 4, 8, 16)]
+        for launch, (_, block, warps) in zip(found, vq.CONFIGS, strict=True):
+            program = launch.ptx
+            assert launch.fits and program.spilled == 0 and program.threads == 32 * warps
+            assert launch.blocks == -(-tokens // block)
+            assert parameters(program.text) == [".u64"] * 3 + [".u32"] * 2 + [".u64"]
+            assert assemble(program.text, capability) == (program.registers, 0)
+            assert ".loc" not in program.text and ".version 8.7" in program.text
+
+
 def uses(program: str, names: list[str]) -> list[str]:
     """What Triton's own code does with each argument, in order; other values have no names."""
     known = rf"%(?!(?:{'|'.join(names)})\b)[\w#]+"
@@ -122,7 +144,7 @@ def uses(program: str, names: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["w4_matmul", "w4_sparse24_matmul"])
+@pytest.mark.parametrize("kernel", ["w4_matmul", "w4_sparse24_matmul", "vq_logits"])
 def test_a_program_is_the_kernel_that_torch_launches(kernel: str) -> None:
     """The same constants as a launch by Triton, the same instructions, the same use of each argument."""
     half = torch.float16
@@ -132,15 +154,26 @@ def test_a_program_is_the_kernel_that_torch_launches(kernel: str) -> None:
         fixed = w4_triton.constants(w4.CONFIGS[0], 32, 4, 4, half, True, COLUMNS, 32, False)
         launched, ours = w4_triton.matmul_kernel, w4.plugin_kernel
         program = w4._emit(w4.CONFIGS[0], 32, 4, half, half, True, True, True, 80)
-    else:
+    elif kernel == "w4_sparse24_matmul":
         types = {"x_ptr": "*i32", "q_ptr": "*i32", "e_ptr": "*i32", "s_ptr": "*i64", "z_ptr": "*i32"}
         fixed = sparse_triton.constants(1, 1, 2, half, True, True)
         launched, ours = sparse_triton.sparse_kernel, sparse.plugin_kernel
         program = sparse._emit(1, 2, half, half, True, True, 80)
-    types |= {"y_ptr": "*fp16", "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32"}
-    all_types = {**types, "part_ptr": "*fp32", "count_ptr": "*i32"}
+    else:
+        types = {"part_ptr": "*fp16", "codes_ptr": "*u8", "bias_ptr": "*fp16", "M": "i32", "V": "i32"}
+        rows, tokens = vq_triton.blocks(4)
+        fixed = {"STARTS": (0, 256, 512), "BM": rows, "BV": tokens, "BIAS": True, "SUB": 0}
+        launched, ours = vq_triton.gather_kernel, vq.plugin_kernel
+        program = vq._emit((rows, tokens, 4), (0, 256, 512), torch.uint8, half, half, True, 80)
+    types["y_ptr"] = "*fp16"
+    if kernel == "vq_logits":
+        all_types = {**types, "top_ptr": "*fp32"}
+    else:
+        types |= {"M": "i32", "N": "i32", "K": "i32", "STEPS": "i32"}
+        all_types = {**types, "part_ptr": "*fp32", "count_ptr": "*i32"}
+    stages = 3 if kernel == "vq_logits" else 2
     plain, hosted = (
-        build(function, given, fixed, [n for n in given if n != "M"], 80, 4, 2, ptx_version=87).asm
+        build(function, given, fixed, [n for n in given if n != "M"], 80, 4, stages, ptx_version=87).asm
         for function, given in ((launched, all_types), (ours, types))
     )
     assert len(parameters(plain["ptx"])) > len(all_types), "Triton adds parameters of its own"
@@ -166,3 +199,4 @@ def test_every_config_is_a_launch_for_some_weight() -> None:
     """Blocks divide the padded rows, and K is never shared: a plugin has one launch and no workspace."""
     assert all(isinstance(c, Config) and c.split_k == 1 and c.block_n in (64, 128) for c in w4.CONFIGS)
     assert len(set(w4.CONFIGS)) == len(w4.CONFIGS) and len(set(sparse.CONFIGS)) == len(sparse.CONFIGS)
+    assert len({rows for rows, _, _ in vq.CONFIGS}) == len(vq.CONFIGS) == 5

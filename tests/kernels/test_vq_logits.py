@@ -18,6 +18,7 @@ from compress.errors import PassError
 from compress.kernels.fuse import fuse
 from compress.kernels.fuse_heads import VQ_LOGITS
 from compress.kernels.runtime import CompressedModule
+from compress.kernels.vq_logits import layout
 from compress.kernels.vq_logits.op import on_gpu, vq_logits
 from compress.passes.quantize_weights import QuantizeWeights
 from compress.passes.screen_logits import ScreenLogits
@@ -85,6 +86,20 @@ def test_operator_equals_float64(
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     exact = logits(x.reshape(-1, columns), arguments).view(y.shape)
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=5 * tolerance)
+
+
+@given(
+    tokens=st.integers(1, 41),
+    sizes=st.lists(st.sampled_from([1, 2, 16, 256, 257, 32768, 32769]), min_size=1, max_size=5),
+)
+def test_codes_in_words(tokens: int, sizes: list[int]) -> None:
+    """As narrow as the largest codebook allows, and the same codes again."""
+    codes = torch.stack([torch.arange(tokens).add(size - 1).remainder(size) for size in sizes])
+    words = layout.pack(codes, sizes)
+    width = 1 if max(sizes) <= 256 else 2 if max(sizes) <= 32768 else 4
+    assert words.dtype == torch.int32 and words.shape == (-(-codes.numel() * width // 4),)
+    found = layout.unpack(words, sizes, tokens)
+    assert found.element_size() == width and torch.equal(found.long(), codes)
 
 
 @pytest.mark.parametrize("candidates", [0, 5])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.kernels.vq_logits import plugin
 from compress.kernels.vq_logits import triton as kernels
 
 
@@ -65,6 +66,27 @@ def test_codes(
     rounded = kernels.vq_logits(x, codebook, maps, sizes, given, None, None, 0)
     assert rounded.dtype == dtype
     assert error(rounded, y.double()) < (1e-7 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize(("sizes", "codes"), [([8, 6, 6], torch.uint8), ([300, 8], torch.int16)])
+def test_arguments_in_the_order_of_a_plugin(sizes: list[int], codes: torch.dtype) -> None:
+    """Inputs, whole numbers, output: what a host passes, and no more; products are float16."""
+    m, tokens, columns = 5, 701, 24
+    codebook, maps, bias, _, _ = head(tokens, columns, sizes, torch.float16, codes, 3)
+    x = torch.randn(m, columns, generator=torch.Generator().manual_seed(1)).half()
+    products = (codebook.float() @ x.float().T).half()
+    words, biases = plugin.packed(maps, sizes, bias)
+    assert words.dtype == torch.int32 and words.numel() == -(-maps.numel() * codes.itemsize // 4)
+    for rows, block, _ in plugin.CONFIGS:
+        y = torch.full((m, tokens), float("nan"), dtype=torch.float16)
+        given = (products, words.view(codes), biases, m, tokens, y)
+        fixed = {"BM": rows, "BV": block, "BIAS": True, "SUB": 0}
+        starts = tuple(sum(sizes[:stage]) for stage in range(len(sizes)))
+        plugin.plugin_kernel[(-(-tokens // block), -(-m // rows))](*given, STARTS=starts, **fixed)
+        picked = [p[c.long()] for p, c in zip(products.double().split(sizes), maps, strict=True)]
+        exact = torch.stack(picked).sum(0).T + bias.double()
+        assert error(y, exact) < 4e-4, "one rounding to float16"
+        assert error(y, coarse(x, codebook, maps, sizes, bias)) < 2e-3
 
 
 @pytest.mark.parametrize(
