@@ -121,17 +121,19 @@ def lower_packed(model: ir.Model, graph: Graph, notes: Mapping[str, str]) -> lis
             value.replace_all_uses_with(plain)
             lowered.append(Lowered(name, "float", "decoded at export", reason=reason))
             continue
-        note = notes.get(name, "")
+        told = [notes[name]] if name in notes else []
         if isinstance(encoded, Float8Weight):
             result, form = _floats(builder, before, name, encoded)
         else:
             result, form = _decoder(builder, before, name, encoded, cut, wide=any(map(_rounded, uses)))
             if cut.columns > encoded.columns:
-                note = f"rows of {encoded.columns} are padded to {cut.columns}, whole blocks of {cut.block}"
+                told.append(
+                    f"rows of {encoded.columns} are padded to {cut.columns}, whole blocks of {cut.block}"
+                )
                 for _, node, _ in uses:
                     _pad(builder, node, cut.columns - encoded.columns)
         value.replace_all_uses_with(result)
-        lowered.append(Lowered(name, form, "", (f"{name}/decode",), note))
+        lowered.append(Lowered(name, form, "", (f"{name}/decode",), "; ".join(told)))
     return lowered
 
 

@@ -213,6 +213,22 @@ def test_blocks_signs_and_rows(tmp_path: Path) -> None:
     assert [form.loads_as[:4] for form in artifact.lowered] == ["Int4", "Int8"]
 
 
+@needs_tensorrt
+def test_groups_of_eight_bits_are_padded_as_well(tmp_path: Path) -> None:
+    graph = capture(nn.Linear(300, 64), inputs=["1,300"])
+    codes = torch.ones(64, 300, dtype=torch.uint8)
+    codes[0, :3] = 0
+    scales = torch.full((64, 3), -0.01)
+    graph.set_encoding("weight", encode(codes, scales, None, IntEncoding(8, 128), (64, 300), torch.float32))
+    artifact = write(graph, tmp_path)
+    (form,) = artifact.lowered
+    assert artifact.proof_db > 50 and form.loads_as == "Int8, decoded by a layer of its own"
+    assert form.reason.split("; ") == [
+        "3 codes of -128 became 127: scales have to be positive",
+        "rows of 300 are padded to 320, whole blocks of 64",
+    ]
+
+
 class Ragged(nn.Module):
     """300 columns, which end within a group, read by two layers; a weight that is looked up as well."""
 
