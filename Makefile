@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train a small CNN on real digits, compress it, show what came of it"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   run the benchmark cases, quick versions"
+	@echo "make bench   run every benchmark case, quick versions"
 	@echo "make setup   create .venv with everything the above need"
 	@echo "make clean   remove .venv and build/"
 

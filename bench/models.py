@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -71,15 +77,19 @@ class CifarResNet(nn.Module):
 
 
 class ImageNetResNet(nn.Module):
-    """ResNet-18: four stages of two blocks, 64 to 512 channels. Input ``[batch, 3, 224, 224]``."""
+    """ResNet-18: four stages of two blocks, 64 to 512 channels. Input ``[batch, 3, 224, 224]``.
 
-    def __init__(self) -> None:
+    Args:
+        width: channels of the first stage.
+    """
+
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths = [width * times for times in (1, 1, 1, 2, 2, 4, 4, 8, 8)]
         self.blocks = nn.Sequential(*(_BasicBlock(a, b, padded=False) for a, b in pairwise(widths)))
-        self.fc = nn.Linear(512, 1000)
+        self.fc = nn.Linear(8 * width, 1000)
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(image))), 3, 2, 1)
@@ -87,9 +97,9 @@ class ImageNetResNet(nn.Module):
         return logits
 
 
-def resnet18() -> nn.Module:
+def resnet18(width: int = 64) -> nn.Module:
     """The usual shape; weights are random."""
-    return ImageNetResNet()
+    return ImageNetResNet(width)
 
 
 def resnet20_chita() -> nn.Module:
@@ -192,6 +202,16 @@ def small_lm_tied() -> nn.Module:
     return SmallLM(tied=True)
 
 
+def short_lm() -> nn.Module:
+    """The first block of it, and what is around the blocks."""
+    return SmallLM(blocks=1)
+
+
+def short_lm_tied() -> nn.Module:
+    """The same with one tensor for both ends."""
+    return SmallLM(tied=True, blocks=1)
+
+
 def _hollow_lm(width: int, hidden: int, heads: int, blocks: int) -> SmallLM:
     """In bfloat16, on the meta device: it takes its weights from a file, without a copy of its own."""
     with torch.device("meta"):
@@ -209,3 +229,23 @@ def hollow_large_lm() -> nn.Module:
 def hollow_small_lm() -> nn.Module:
     """The same with 9 million parameters, most of them in embeddings."""
     return _hollow_lm(128, 352, 4, 2)
+
+
+# -- transformers cut to their first block ----------------------------------------------------------
+
+
+def first_block(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a transformer without those of its later blocks."""
+    return {name: tensor for name, tensor in weights.items() if not re.search(r"\blayers?\.[1-9]", name)}
+
+
+def short_minilm(folder: Path, out: Path) -> Path:
+    """all-MiniLM-L6-v2 cut to its first block, as the Hugging Face folder `out`."""
+    out.mkdir(exist_ok=True)
+    for file in folder.glob("*token*"):
+        shutil.copy(file, out)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    kept = first_block(load_file(folder / "model.safetensors"))
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    return out

@@ -6,6 +6,7 @@
 Every case runs in a process of its own, so that its peak memory is its own. Results go to
 `bench/results/CASE.json`; those of --quick to `build/bench/results/`, because they are no record.
 The exit code is 1 when a case crashed or the tests are red; a missed target is shown, not hidden.
+After several cases, what was skipped and which targets were missed is said once more.
 """
 
 from __future__ import annotations
@@ -94,7 +95,11 @@ def main(
             raise click.ClickException(
                 "the tests are red; no benchmark is reported (--no-gate to look anyway)"
             )
-        crashed = [c.name for c in cases if not run_case(c, quick, data, out.resolve(), threads, tune)]
+        began = time.perf_counter()
+        outcomes = [run_case(c, quick, data, out.resolve(), threads, tune) for c in cases]
+        if len(cases) > 1:
+            _conclude(outcomes, time.perf_counter() - began)
+        crashed = [o.case for o in outcomes if o.crashed]
         if crashed:
             raise click.ClickException(f"crashed: {', '.join(crashed)}")
 
@@ -106,14 +111,33 @@ def tests_are_green() -> bool:
     return subprocess.run(words, cwd=ROOT, check=False).returncode == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        case: its name.
+        skipped: why it did not run; empty if it did.
+        found: its result as it was written; None if it was skipped or crashed.
+    """
+
+    case: str
+    skipped: str = ""
+    found: dict[str, Any] | None = None
+
+    @property
+    def crashed(self) -> bool:
+        return self.found is None and not self.skipped
+
+
 def run_case(
     case: Case, quick: bool, data: Path | None, out: Path, threads: int = 1, tune: bool = False
-) -> bool:
-    """Run one case in a process of its own, print and write its result; False if it crashed."""
+) -> Outcome:
+    """Run one case in a process of its own, print and write its result."""
     reason = case.missing(data)
     if reason:
         _console.print(f"[bold]{case.name}[/] skipped: {reason}", highlight=False)
-        return True
+        return Outcome(case.name, reason)
     _console.print(f"[bold]{case.name}[/]: {case.shows}", highlight=False)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         result = Path(folder) / "result.json"
@@ -124,7 +148,7 @@ def run_case(
         code = subprocess.run(words, cwd=ROOT, env={**os.environ, **limits}, check=False).returncode
         if code or not result.exists():
             _console.print(f"[red]{case.name} crashed[/] (exit code {code})", highlight=False)
-            return False
+            return Outcome(case.name)
         found = json.loads(result.read_text())
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{case.name}.json"
@@ -134,10 +158,31 @@ def run_case(
         _console.print("[bold red]the source changed while this ran: the numbers are of no one version[/]")
     place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     _console.print(
-        f"{found['seconds']:.0f} s, peak memory {found['peak_bytes'] / 1e9:.2f} GB, written to {place}\n",
+        f"{found['seconds']:.0f} s, {found['processor_seconds']:.0f} s of processor time, "
+        f"peak memory {found['peak_bytes'] / 1e9:.2f} GB, written to {place}\n",
         highlight=False,
     )
-    return True
+    return Outcome(case.name, found=found)
+
+
+def _conclude(outcomes: list[Outcome], seconds: float) -> None:
+    """After several cases: how long they took, what was skipped, what was missed."""
+    ran = [o.found for o in outcomes if o.found is not None]
+    processor = sum(found["processor_seconds"] for found in ran)
+    lines = [
+        f"{len(ran)} of {len(outcomes)} cases ran, {seconds / 60:.1f} minutes, "
+        f"{processor / 60:.1f} of processor time"
+    ]
+    lines += [f"{o.case} skipped: {o.skipped}" for o in outcomes if o.skipped]
+    missed = [(found["case"], m) for found in ran for m in found["measurements"] if m["holds"] is False]
+    lines += [
+        f"{case} MISSED: {m['name']}: {rounded(m['value'])} {m['unit']}".rstrip() + f", must be {m['target']}"
+        for case, m in missed
+    ]
+    if ran and not missed:
+        lines.append("no target was missed")
+    for line in lines:
+        _console.print(line, highlight=False, markup=False)
 
 
 def _run_here(case: Case, quick: bool, data: Path | None, result: Path, tune: bool) -> None:
@@ -155,14 +200,16 @@ def measure(case: Case, setup: Setup) -> dict[str, Any]:
     except Exception:
         traceback.print_exc()
         sys.exit(1)
-    usages = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "case": case.name,
         "shows": case.shows,
         "environment": environment(setup.quick),
         "source_changed_meanwhile": fingerprint() != source,
         "seconds": round(time.perf_counter() - began, 1),
-        "peak_bytes": max(usages) * (1 if sys.platform == "darwin" else 1024),
+        # a busy machine lengthens the seconds, not these
+        "processor_seconds": round(sum(u.ru_utime + u.ru_stime for u in usages), 1),
+        "peak_bytes": max(u.ru_maxrss for u in usages) * (1 if sys.platform == "darwin" else 1024),
         "targets_hold": all_hold(measurements),
         "measurements": [dataclasses.asdict(m) for m in measurements],
     }

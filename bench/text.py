@@ -13,8 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.measure import Setup
+
 _SPACED = re.compile(r" ([,.;:!?%)\]]|'s\b|n't\b|'re\b|'ve\b|'ll\b)")
 _OPENED = re.compile(r"([(\[]) ")
+
+
+_QUICK_LINES = 1000
+"""Of a text, when quick: turning all of it into tokens takes longer than what the tokens are for."""
+
+
+def wikitext(setup: Setup, part: str) -> Path:
+    """WikiText-2, ``train`` or ``test``, as a gzipped text; when quick only the start of it."""
+    whole = setup.file(f"data/wikitext2.{part}.txt.gz")
+    if not setup.quick:
+        return whole
+    start = setup.work / f"{part}.txt.gz"
+    with gzip.open(start, "wt", encoding="utf-8") as file:
+        file.writelines(lines(whole)[:_QUICK_LINES])
+    return start
 
 
 def lines(path: Path) -> list[str]:

@@ -112,13 +112,13 @@ def trained(
 
     Images with an axis of width are shifted by up to 2 pixels and mirrored.
     """
-    kept = _KEPT / f"{build.__name__}-{epochs}-{seed}.pt"
+    batch, count = 128, len(images)
+    kept = _KEPT / f"{build.__name__}-{count}-{epochs}-{seed}.pt"
     torch.manual_seed(seed)
     model = build()
     if kept.exists():
         model.load_state_dict(torch.load(kept, weights_only=True))
         return model.eval()
-    batch, count = 128, len(images)
     optimizer = torch.optim.Adam(model.parameters())
     steps = epochs * (count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

@@ -16,6 +16,7 @@ import torch
 
 import compress
 from bench import text
+from bench.cases.lm import trained
 from bench.measure import MB, Measurement, Setup, measured
 from compress.data import load_calibration
 from compress.passes.decompose import Decompose
@@ -27,7 +28,7 @@ _ENDS = ("embed_tokens", "lm_head")
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """When quick: short windows, few of them, a handful of training steps, and only the first block."""
+    """When quick: the first block of the model, few short windows, a handful of steps, 8-bit cores alone."""
     case = _Case(setup)
     case.compare()
     return case.found
@@ -39,19 +40,19 @@ class _Case:
     def __init__(self, setup: Setup) -> None:
         tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
         length, count, tested = (64, 24, 10) if setup.quick else (256, 1024, 200)
-        self.graph = compress.capture(
-            setup.file("models/lm_wikitext2_d256.safetensors"),
-            inputs=[f"ids:int64[1,seq={length}]"],
-            model="bench/models.py:small_lm",
-        )
-        corpus = setup.file("data/wikitext2.train.txt.gz")
+        weights, build = trained(setup)
+        self.graph = compress.capture(weights, inputs=[f"ids:int64[1,seq={length}]"], model=build)
+        corpus = text.wikitext(setup, "train")
         self.data, self.few = (
             load_calibration(corpus, inputs=self.graph.inputs, tokenizer=tokenizer, samples=n)
             for n in (count, min(64, count))
         )
-        test = torch.from_numpy(text.windows(setup.file("data/wikitext2.test.txt.gz"), tokenizer, length))
+        test = torch.from_numpy(text.windows(text.wikitext(setup, "test"), tokenizer, length))
         self.test = test[:: len(test) // tested][:tested]
-        self.targets = ("layers.0",) if setup.quick else ("layers",)
+        self.widths = ((8, -1),) if setup.quick else ((8, -1), (4, 32))
+        self.plans: dict[str, dict[str, Any]] = {"mpo -70 %": {"method": "mpo"}}
+        if not setup.quick:
+            self.plans["low rank -70 %"] = {}
         self.found: list[Measurement] = []
 
     def compare(self) -> None:
@@ -60,14 +61,13 @@ class _Case:
         plain = self.quantized(self.graph, 2, 64)
         reached = {"int2": self.tell("int2", plain)}
         reached["int2, recovered"] = self.tell("int2, recovered", self.trained("int2", plain))
-        plans: dict[str, dict[str, Any]] = {"mpo -70 %": {"method": "mpo"}, "low rank -70 %": {}}
-        for name, options in plans.items():
-            step = Decompose(parameter_reduction=0.7, targets=self.targets, **options)
+        for name, options in self.plans.items():
+            step = Decompose(parameter_reduction=0.7, targets=("layers",), **options)
             small = step.apply(self.graph, Context(self.graph, self.few)).graph
             self.tell(name, small)
             healed = self.trained(name, small)
             self.tell(f"{name}, recovered", healed)
-            for bits, group_size in ((8, -1), (4, 32)):
+            for bits, group_size in self.widths:
                 what = f"{name}, recovered, int{bits}"
                 reached[what] = self.tell(what, self.quantized(healed, bits, group_size))
         best = min(reached, key=reached.__getitem__)

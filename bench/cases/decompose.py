@@ -49,14 +49,14 @@ _EPOCHS = 10
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """When quick: one budget, few samples, no MiniLM, narrow layers in the files."""
+    """When quick: one budget, few images, no MiniLM, narrow layers in the files."""
     net = _ResNet(setup)
     found = [measured("ResNet-20: accuracy, dense", net.accuracy(net.graph), "%"), *_resnet20(net, setup)]
     return [*found, *_inputs_known(setup), *_formulas(), *_files(512 if setup.quick else 4096, setup)]
 
 
 def recovered(setup: Setup) -> list[Measurement]:
-    """The ResNet-20 without 60 % of its parameters, trained. When quick: for one pass over 1,000 images."""
+    """The ResNet-20 without 60 % of its parameters, trained. When quick: for one pass over 500 images."""
     return list(_recovered(_ResNet(setup), setup))
 
 
@@ -72,8 +72,10 @@ class _ResNet:
                 normalised(file[f"{part}_images"], CHECKPOINTS["chita"]) for part in ("train", "test")
             )
             self.labels = torch.from_numpy(file["test_labels"]).long()
+        if setup.quick:
+            self.test, self.labels = self.test[:200], self.labels[:200]
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
-            some = slice(1000 if setup.quick else None)
+            some = slice(600 if setup.quick else None)
             self.jpegs = normalised(file["test_images"][some], CHECKPOINTS["chita"])
             self.jpeg_labels = torch.from_numpy(file["test_labels"][some]).long()
         graph = compress.capture(
@@ -82,7 +84,7 @@ class _ResNet:
             model="bench/models.py:resnet20_chita",
         )
         self.graph = Cleanup().apply(graph, Context(graph)).graph
-        images = self.train[: 128 if setup.quick else 512]
+        images = self.train[: 64 if setup.quick else 512]
         self.few = load_calibration(images, inputs=graph.inputs, samples=len(images))
 
     def accuracy(self, graph: compress.Graph) -> float:
@@ -125,7 +127,7 @@ def _resnet20(net: _ResNet, setup: Setup) -> Iterator[Measurement]:
 
 def _recovered(net: _ResNet, setup: Setup) -> Iterator[Measurement]:
     """On all images at hand, without their labels: 4,000 lossless ones and 6,000 JPEGs."""
-    images = net.train[:1000]
+    images = net.train[:500]
     if not setup.quick:
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
             images = torch.cat((net.train, normalised(file["train_images"][:6000], CHECKPOINTS["chita"])))

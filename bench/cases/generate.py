@@ -45,7 +45,7 @@ def _trained(setup: Setup) -> Iterator[Measurement]:
     model.load_state_dict(load_file(weights))
     model = model.bfloat16() if gpu else model
     length, count = (64, 16) if setup.quick else (_CONTEXT, 64)
-    tokens = torch.from_numpy(text.windows(setup.file("data/wikitext2.train.txt.gz"), tokenizer, length))
+    tokens = torch.from_numpy(text.windows(text.wikitext(setup, "train"), tokenizer, length))
     result = compress.run(
         model,
         "int4",
@@ -53,7 +53,7 @@ def _trained(setup: Setup) -> Iterator[Measurement]:
         calibration=list(tokens[:: len(tokens) // count][:count].split(1)),
     )
     path = _written(result, setup.work / "trained.safetensors")
-    test = torch.from_numpy(text.windows(setup.file("data/wikitext2.test.txt.gz"), tokenizer, length))[:8]
+    test = torch.from_numpy(text.windows(text.wikitext(setup, "test"), tokenizer, length))[:8]
     yield from _compared(model, path, test, setup)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
-from bench import peers, text
+from bench import models, peers, text
 from bench.measure import (
     MB,
     Measurement,
@@ -37,10 +37,13 @@ _RTN = {"passes": [{"pass": "cleanup"}, {**_RTN_STEP, "scales": "absmax", "metho
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """The model as it is and its tied variant, in int8 and int4; only int4 when quick."""
-    weights = setup.file("models/lm_wikitext2_d256.safetensors")
+    """The model as it is and its tied variant, in int8 and int4.
+
+    When quick: only int4, of a model cut to its first block, and short texts.
+    """
+    weights, build = trained(setup)
     tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
-    corpus = setup.file("data/wikitext2.train.txt.gz")
+    corpus = text.wikitext(setup, "train")
     recipes = ("int4",) if setup.quick else ("int8", "int8-weight-only", "int4")
     common = (
         "--input",
@@ -58,10 +61,9 @@ def run(setup: Setup) -> list[Measurement]:
     found: list[Measurement] = []
     files: dict[str, Path] = {}
     for recipe in recipes:
-        for name, source, build in (("", weights, "small_lm"), ("tied ", tied, "small_lm_tied")):
+        for name, source, builder in (("", weights, build), ("tied ", tied, f"{build}_tied")):
             out = setup.work / f"{name.strip() or 'plain'}-{recipe}.onnx"
-            model = ("--model", f"bench/models.py:{build}")
-            done = compress_cli(source, out, *model, *common, *samples, "--recipe", recipe)
+            done = compress_cli(source, out, "--model", builder, *common, *samples, "--recipe", recipe)
             what = f"{name}{recipe}"
             found += [
                 measured(f"{what}: file / input", done.nbytes / source.stat().st_size, "", "< 1"),
@@ -70,7 +72,7 @@ def run(setup: Setup) -> list[Measurement]:
                 *costs(what, done),
             ]
             if name:
-                exact = _exactness(source, build, recipe, out, setup)
+                exact = _exactness(source, builder, recipe, out, setup)
                 # where activations are rounded, ties are decided by the order of summation
                 target = "" if recipe == "int8" else ">= 50"
                 found.append(measured(f"{what}: the same, against a second run", exact, "dB", target))
@@ -79,18 +81,17 @@ def run(setup: Setup) -> list[Measurement]:
                 )
             else:
                 files[recipe] = out
-    tokens = text.windows(setup.file("data/wikitext2.test.txt.gz"), tokenizer, _CONTEXT)
+    tokens = text.windows(text.wikitext(setup, "test"), tokenizer, _CONTEXT)
     everything = len(tokens)
-    tokens = tokens[:: everything // 40][:40] if setup.quick else tokens
-    return found + _perplexities(setup, weights, tied, tokens, files)
+    tokens = tokens[:: everything // 20][:20] if setup.quick else tokens
+    return found + _perplexities(setup, (weights, build), (tied, f"{build}_tied"), tokens, files)
 
 
 def _perplexities(
-    setup: Setup, weights: Path, tied: Path, tokens: np.ndarray, files: dict[str, Path]
+    setup: Setup, plain: tuple[Path, str], tied: tuple[Path, str], tokens: np.ndarray, files: dict[str, Path]
 ) -> list[Measurement]:
-    graph = compress.capture(weights, inputs=[_spec(setup)], model="bench/models.py:small_lm")
+    graph, tied_graph = (compress.capture(w, inputs=[_spec(setup)], model=b) for w, b in (plain, tied))
     float_file = peers.float_export(graph, setup.work / "float.onnx")
-    tied_graph = compress.capture(tied, inputs=[_spec(setup)], model="bench/models.py:small_lm_tied")
     tied_float = peers.float_export(tied_graph, setup.work / "tied-float.onnx")
     rtn = compress.export(compress.run(graph, _RTN).graph, setup.work / "rtn.onnx").path
     paths = {
@@ -137,6 +138,16 @@ def _samples(setup: Setup) -> int:
     return 16 if setup.quick else 64
 
 
+def trained(setup: Setup) -> tuple[Path, str]:
+    """The weights of the model, and what builds it, for ``--model``; when quick, of its first block alone."""
+    whole = setup.file("models/lm_wikitext2_d256.safetensors")
+    if not setup.quick:
+        return whole, "bench/models.py:small_lm"
+    short = setup.work / "short.safetensors"
+    save_file(models.first_block(load_file(whole)), short)
+    return short, "bench/models.py:short_lm"
+
+
 def _write_tied(weights: Path, out: Path) -> None:
     """The checkpoint with the embedding at both ends, saved as PyTorch saves a tied model."""
     tensors = load_file(weights)
@@ -150,8 +161,8 @@ def _exactness(source: Path, build: str, recipe: str, out: Path, setup: Setup) -
         source,
         recipe,
         inputs=[_spec(setup)],
-        model=f"bench/models.py:{build}",
-        calibration=setup.file("data/wikitext2.train.txt.gz"),
+        model=build,
+        calibration=text.wikitext(setup, "train"),
         tokenizer=setup.file("models/lm_wikitext2_tokenizer.json"),
         samples=_samples(setup),
     )

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import compress
-from bench import text
+from bench import models, text
 from bench.measure import MB, Measurement, Setup, compress_cli, costs, measured, proof, true
 from compress.exporters.ort import Session, runtime
 from compress.kv_cache import with_empty_past
@@ -33,27 +33,27 @@ _NEW = 64
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """When quick: fewer tokens, a narrow model to time."""
+    """When quick: the model cut to its first block, fewer tokens, a narrow model to time."""
     return [*_generates(setup), *_speed(setup)]
 
 
 def _generates(setup: Setup) -> Iterator[Measurement]:
     folder = llama_folder(setup)
     out = setup.work / "genai" / "model.onnx"
-    samples = ("--samples", 16 if setup.quick else 128)
-    corpus = ("--calibration", setup.file("data/wikitext2.train.txt.gz"), *samples)
+    samples = ("--samples", 8 if setup.quick else 128)
+    corpus = ("--calibration", text.wikitext(setup, "train"), *samples)
     done = compress_cli(folder, out, "--recipe", "lm-int4", "--genai", "--batch-sizes", "1", *corpus)
     yield measured("lm-int4: file", done.nbytes / MB, "MB")
     yield proof("lm-int4", done)
     yield from costs("lm-int4", done)
-    data = Path(setup.file("data/wikitext2.train.txt.gz"))
+    data = text.wikitext(setup, "train")
     graph = compress.run(
-        folder, "lm-int4", calibration=data, samples=16 if setup.quick else 128
+        folder, "lm-int4", calibration=data, samples=8 if setup.quick else 128
     ).graph.decoded()
     session = Session(out)
     level = "session.qdq_matmulnbits_accuracy_level"
     exact = _session(out, {level: "1"})
-    test = text.windows(setup.file("data/wikitext2.test.txt.gz"), folder / "tokenizer.json", _CONTEXT)
+    test = text.windows(text.wikitext(setup, "test"), folder / "tokenizer.json", _CONTEXT)
     ids = torch.from_numpy(test[: (1 if setup.quick else 8)])
     count = 8 if setup.quick else _NEW
     several = ids[:1, :96].reshape(3, 32).clone()
@@ -122,19 +122,22 @@ def greedy(
 
 
 def llama_folder(setup: Setup) -> Path:
-    """The trained model as transformers has it, with its tokenizer."""
+    """The trained model as transformers has it, with its tokenizer; its first block alone when quick."""
     import transformers
 
     folder = setup.work / "lm"
+    tensors, blocks = load_file(setup.file("models/lm_wikitext2_d256.safetensors")), 4
+    if setup.quick:
+        tensors, blocks = models.first_block(tensors), 1
     config = transformers.LlamaConfig(
-        vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=blocks,
+        num_attention_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     names = {"attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
     weights = {}
-    for name, tensor in load_file(setup.file("models/lm_wikitext2_d256.safetensors")).items():
+    for name, tensor in tensors.items():
         part = name.rpartition(".")[0].rpartition(".")[2]
         if part in names["attn"]:
             name = name.replace(part, f"self_attn.{part}")
@@ -167,9 +170,9 @@ def _session(path: Path, entries: dict[str, str]) -> Callable[..., list[Tensor]]
 def _speed(setup: Setup) -> Iterator[Measurement]:
     import transformers
 
-    width, layers = (256, 2) if setup.quick else (2048, 4)
+    width, layers, vocabulary = (256, 1, 4096) if setup.quick else (2048, 4, 32000)
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
         num_attention_heads=width // 64, num_key_value_heads=width // 256, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)

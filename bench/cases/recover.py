@@ -51,7 +51,7 @@ def _gradual(setup: Setup) -> Iterator[Measurement]:
     model.load_state_dict(load_file(source), strict=False)  # batch counters are not in the file
     images, _, test, test_labels = _images(setup)
     if setup.quick:
-        images = images[:1000]
+        images = images[:400]
     else:
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
             more = normalised(file["train_images"][:6000], CHECKPOINTS["chita"])
@@ -72,7 +72,8 @@ def _gradual(setup: Setup) -> Iterator[Measurement]:
     once = PruneMagnitude(sparsity=_SPARSITY, refit=False, ignore=_IGNORE).apply(graph, context).graph
     yield measured("ResNet-20 90 %: accuracy, magnitudes at once", percent(once), "%")
     began = time.process_time()
-    some = load_calibration(images[:1000], inputs=graph.inputs, samples=1000)
+    first = images[:1000]
+    some = load_calibration(first, inputs=graph.inputs, samples=len(first))
     chita = PruneChita(sparsity=_SPARSITY, method="obs", mini_batch=5, ignore=_IGNORE)
     once = chita.apply(graph, Context(graph, some)).graph
     yield measured("ResNet-20 90 %: accuracy, CHITA at once", percent(once), "%")
@@ -119,4 +120,6 @@ def _images(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with np.load(setup.file("data/cifar10.npz")) as file:
         train, test = (normalised(file[f"{k}_images"], CHECKPOINTS["chita"]) for k in ("train", "test"))
         labels, test_labels = (torch.from_numpy(file[f"{k}_labels"]).long() for k in ("train", "test"))
+    if setup.quick:
+        return train[:1000], labels[:1000], test[:400], test_labels[:400]
     return train, labels, test, test_labels

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import compress
 from bench import models, text
+from bench.cases.lm import trained
 from bench.measure import Measurement, Setup, measured, true
 from bench.peers.environments import Job, PeerMissing, ask, is_ready, write_samples
 
@@ -56,7 +57,10 @@ class Subject:
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """MiniLM and the language model; when quick, 4 bits of the latter, beside one peer if it is installed."""
+    """MiniLM and the language model.
+
+    When quick: 4 bits of the latter's first block, few windows, beside one peer if it is installed.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_grad_enabled(False)
     found: list[Measurement] = []
@@ -128,21 +132,23 @@ def _subjects(setup: Setup) -> Iterator[Subject]:
 
 def language_model(setup: Setup) -> Subject:
     """The 7.4 M language model, by its perplexity on test text."""
-    weights = setup.file("models/lm_wikitext2_d256.safetensors")
+    weights, build = trained(setup)
     tokenizer = setup.file("models/lm_wikitext2_tokenizer.json")
-    train = text.windows(setup.file("data/wikitext2.train.txt.gz"), tokenizer, 256)
-    test = text.windows(setup.file("data/wikitext2.test.txt.gz"), tokenizer, 256)
-    test = torch.from_numpy(test[:: len(test) // 120][:120].copy())
-    module = models.small_lm().eval()
+    train = text.windows(text.wikitext(setup, "train"), tokenizer, 256)
+    test = text.windows(text.wikitext(setup, "test"), tokenizer, 256)
+    tested = 12 if setup.quick else 120
+    test = torch.from_numpy(test[:: len(test) // tested][:tested].copy())
+    builder = build.rpartition(":")[2]
+    module: nn.Module = getattr(models, builder)().eval()
     module.load_state_dict(load_file(weights), strict=False)
 
     def damage(changed: Mapping[str, Tensor]) -> float:
         call = _with(module, changed)
         return text.perplexity(lambda rows: call(ids=rows), test)
 
-    rows = np.linspace(0, len(train) - 1, 16 if setup.quick else 64).astype(int)
+    rows = np.linspace(0, len(train) - 1, 8 if setup.quick else 64).astype(int)
     calibration = {"ids": torch.from_numpy(train[rows].copy())}
-    build = f"{Path(models.__file__).resolve()}:small_lm"
+    build = f"{Path(models.__file__).resolve()}:{builder}"
     return Subject("lm", build, str(weights), module, calibration, 8, "perplexity", damage)
 
 
@@ -153,7 +159,7 @@ def _minilm(setup: Setup) -> Subject:
     folder = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     module = AutoModel.from_pretrained(folder).eval()
-    kept, tested = text.sentences(setup.file("data/wikitext2.train.txt.gz"), (128, 256))
+    kept, tested = text.sentences(text.wikitext(setup, "train"), (128, 256))
 
     def tokens(sentences: list[str]) -> dict[str, Tensor]:
         made = tokenizer(sentences, padding="max_length", max_length=64, truncation=True, return_tensors="pt")

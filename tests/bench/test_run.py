@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +79,7 @@ def test_a_result_has_targets_and_environment(harness, table, tmp_path):
     assert found["targets_hold"] is False
     assert [m["holds"] for m in found["measurements"]] == [False, True, None]
     assert found["peak_bytes"] > 1e6
+    assert found["processor_seconds"] > 0
     environment = found["environment"]
     assert environment["quick"] is True
     assert environment["processor"]
@@ -88,7 +90,9 @@ def test_a_result_has_targets_and_environment(harness, table, tmp_path):
 
 def test_a_case_runs_in_a_process_and_is_written(harness, table, tmp_path, monkeypatch, capsys):
     _children_know(table, monkeypatch, harness, tmp_path)
-    assert harness.run_case(table["fake"], True, None, tmp_path / "out")
+    outcome = harness.run_case(table["fake"], True, None, tmp_path / "out")
+    assert not outcome.crashed
+    assert not outcome.skipped
     found = json.loads((tmp_path / "out" / "fake.json").read_text())
     assert found["case"] == "fake"
     assert found["environment"]["threads"] == 1
@@ -99,8 +103,20 @@ def test_a_case_runs_in_a_process_and_is_written(harness, table, tmp_path, monke
 
 def test_a_crash_is_a_failure_and_writes_nothing(harness, table, tmp_path, monkeypatch):
     _children_know(table, monkeypatch, harness, tmp_path)
-    assert not harness.run_case(table["crash"], True, None, tmp_path / "out")
+    assert harness.run_case(table["crash"], True, None, tmp_path / "out").crashed
     assert not (tmp_path / "out").exists()
+
+
+def test_the_end_says_what_was_skipped_missed_and_crashed(harness, table, tmp_path, monkeypatch):
+    _children_know(table, monkeypatch, harness, tmp_path)
+    words = ["fake", "lonely", "crash", "--quick", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(harness.main, words)
+    assert done.exit_code == 1
+    assert "crashed: crash" in done.stderr
+    last = [" ".join(line.split()) for line in done.stdout.splitlines() if line][-3:]
+    assert re.fullmatch(r"1 of 3 cases ran, [0-9.]+ minutes, [0-9.]+ of processor time", last[0])
+    assert last[1] == "lonely skipped: the package there_is_no_such_package is not installed"
+    assert last[2] == "fake MISSED: size: 3 MB, must be <= 2"
 
 
 def _children_know(table, monkeypatch, harness, tmp_path):
@@ -111,6 +127,7 @@ def _children_know(table, monkeypatch, harness, tmp_path):
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         f"spec = importlib.util.spec_from_file_location('bench_run', {str(ROOT / 'bench' / 'run.py')!r})\n"
         "run = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['bench_run'] = run\n"  # dataclasses look their module up
         "spec.loader.exec_module(run)\n"
         "from bench.cases import CASES, Case\n"
         "CASES.update(fake=Case('fake', '', 'fake_case:run'), crash=Case('crash', '', 'fake_case:crash'))\n"
@@ -124,7 +141,9 @@ def _children_know(table, monkeypatch, harness, tmp_path):
     ("name", "reason"), [("needy", "there_is_none"), ("lonely", "there_is_no_such_package")]
 )
 def test_a_case_without_its_data_is_skipped_with_the_reason(harness, table, tmp_path, capsys, name, reason):
-    assert harness.run_case(table[name], True, tmp_path, tmp_path / "out")
+    outcome = harness.run_case(table[name], True, tmp_path, tmp_path / "out")
+    assert not outcome.crashed
+    assert reason in outcome.skipped
     shown = " ".join(capsys.readouterr().out.split())
     assert "skipped" in shown
     assert reason in shown
@@ -135,7 +154,7 @@ def test_a_case_for_a_gpu_is_skipped_without_one(harness, tmp_path, capsys, monk
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert harness.run_case(harness.CASES["kernels"], True, None, tmp_path / "out")
+    assert not harness.run_case(harness.CASES["kernels"], True, None, tmp_path / "out").crashed
     assert "skipped: there is no CUDA GPU here" in " ".join(capsys.readouterr().out.split())
 
 
@@ -206,3 +225,54 @@ def test_the_networks_take_the_shapes_they_say(harness):
     tied = small_lm_tied().eval()
     assert tied(torch.zeros(1, 5, dtype=torch.int64)).shape == (1, 5, 8192)
     assert tied.lm_head.weight is tied.embed_tokens.weight
+
+
+def test_a_transformer_is_cut_to_its_first_block(harness):
+    import torch
+
+    from bench.models import first_block, short_lm, short_lm_tied, small_lm
+
+    whole = small_lm().state_dict()
+    for build in (short_lm, short_lm_tied):
+        short = build().eval()
+        short.load_state_dict(first_block(whole))
+        assert len(short.layers) == 1
+        assert short(torch.zeros(1, 5, dtype=torch.int64)).shape == (1, 5, 8192)
+    names = ("encoder.layer.0.x", "encoder.layer.1.x", "encoder.layer.10.x", "embeddings.x", "pooler.x")
+    kept = first_block({name: torch.zeros(1) for name in names})
+    assert list(kept) == ["encoder.layer.0.x", "embeddings.x", "pooler.x"]
+
+
+def test_a_short_minilm_is_a_folder_like_the_whole_one(harness, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from bench.models import short_minilm
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text(json.dumps({"num_hidden_layers": 6, "hidden_size": 384}))
+    (whole / "tokenizer.json").write_text("{}")
+    tensors = {f"encoder.layer.{n}.weight": torch.full((2,), float(n)) for n in range(6)}
+    save_file({**tensors, "embeddings.weight": torch.ones(3)}, whole / "model.safetensors")
+    short = short_minilm(whole, tmp_path / "short")
+    assert json.loads((short / "config.json").read_text()) == {"num_hidden_layers": 1, "hidden_size": 384}
+    assert (short / "tokenizer.json").read_text() == "{}"
+    kept = load_file(short / "model.safetensors")
+    assert set(kept) == {"encoder.layer.0.weight", "embeddings.weight"}
+    assert kept["encoder.layer.0.weight"].tolist() == [0, 0]
+
+
+def test_a_quick_case_reads_the_start_of_a_text(harness, tmp_path):
+    import gzip
+
+    from bench.measure import Setup
+    from bench.text import lines, wikitext
+
+    (tmp_path / "data").mkdir()
+    whole = tmp_path / "data" / "wikitext2.test.txt.gz"
+    with gzip.open(whole, "wt", encoding="utf-8") as file:
+        file.writelines(f"line {n}\n" for n in range(1500))
+    assert wikitext(Setup(False, tmp_path, tmp_path), "test") == whole
+    start = lines(wikitext(Setup(True, tmp_path, tmp_path), "test"))
+    assert start == [f"line {n}\n" for n in range(1000)]
