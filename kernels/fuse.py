@@ -30,8 +30,8 @@ from compress.artifact import Lowered
 from compress.codebook import CodebookWeight
 from compress.encoding import Encoded, EncodedWeight
 from compress.graph import Graph, argument
-from compress.kernels.fuse_chains import fuse_chains
-from compress.kernels.fuse_heads import fuse_heads
+from compress.kernels.fuse_chains import LOW_RANK_MATMUL, fuse_chains
+from compress.kernels.fuse_heads import VQ_LOGITS, fuse_heads
 from compress.kernels.products import CANONICAL, QUANTIZE_DYNAMIC, W4A8_MATMUL, Product, product_for
 
 Decode = Literal["run", "load"]
@@ -73,6 +73,7 @@ def fuse(graph: Graph, decode: Decode = "run") -> tuple[Graph, tuple[Lowered, ..
     fused.encodings.clear()
     fuse_chains(fused)
     fused.prune_dead_code()
+    _make_contiguous(fused)
     return fused, tuple(found)
 
 
@@ -143,7 +144,8 @@ def _codes(ops: fx.Graph, rounded: Any) -> list[fx.Node]:
     value = rounded.args[0]
     made = [user for user in value.users if user.target is QUANTIZE_DYNAMIC]
     if not made:
-        with ops.inserting_before(rounded):
+        # weights come in the order they were encoded in: a later one may be of a layer that stands before
+        with ops.inserting_before(min(value.users)):
             made = [ops.call_function(QUANTIZE_DYNAMIC, (value,))]
     return [ops.call_function(operator.getitem, (made[0], i)) for i in range(3)]
 
@@ -165,3 +167,11 @@ def _rows(ops: fx.Graph, node: fx.Node, parts: Mapping[str, fx.Node], encoded: E
         value = ops.call_function(_CAST, (value, encoded.dtype))
     sizes = [ops.call_function(aten.sym_size.int, (indices, axis)) for axis in range(indices.meta["rank"])]
     return ops.call_function(aten.reshape.default, (value, [*sizes, encoded.columns]))
+
+
+def _make_contiguous(graph: Graph) -> None:
+    """Float weights as their kernels read them, which know no strides; packed ones are made so."""
+    for node in graph.ops.nodes:
+        for source in node.all_input_nodes if node.target in (LOW_RANK_MATMUL, VQ_LOGITS) else ():
+            if source.op == "get_attr":
+                graph.tensors[source.target] = graph.tensors[source.target].contiguous()

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 import compress.kernels.low_rank_matmul.op  # noqa: F401 - registers the operator
 from compress.graph import Graph, argument
+from compress.kernels.fuse_heads import stored
 from compress.kernels.low_rank_matmul import cost
 
 LOW_RANK_MATMUL = torch.ops.compress.low_rank_matmul.default
@@ -26,21 +26,19 @@ def fuse_chains(graph: Graph) -> None:
         first: Any = last.args[0]
         if first.target is not _LINEAR or len(first.users) != 1 or argument(first, "bias", None) is not None:
             continue
-        a, b = _factor(graph, first), _factor(graph, last)
-        if a is None or b is None or not cost.pays(1, b.shape[0], a.shape[1], a.shape[0]):
+        a, b = stored(graph, first.args[1]), stored(graph, last.args[1])
+        if a is None or b is None or {a.dtype, b.dtype} - set(cost.DTYPES):
+            continue
+        bias = argument(last, "bias", None)
+        added = stored(graph, bias)
+        # a layer spreads a bias of one number, the operator does not
+        if bias is not None and (added is None or added.shape != b.shape[:1]):
+            continue
+        if not cost.pays(1, b.shape[0], a.shape[1], a.shape[0]):
             continue
         with graph.ops.inserting_before(last):
-            new = graph.ops.call_function(
-                LOW_RANK_MATMUL, (first.args[0], first.args[1], last.args[1], argument(last, "bias", None))
-            )
+            new = graph.ops.call_function(LOW_RANK_MATMUL, (*first.args[:2], last.args[1], bias))
         new.meta.update(last.meta)
         last.replace_all_uses_with(new)
         graph.ops.erase_node(last)
         graph.ops.erase_node(first)
-
-
-def _factor(graph: Graph, layer: fx.Node) -> Tensor | None:
-    """The weight of a layer, if it is plain and of 16 bits."""
-    weight: Any = layer.args[1]
-    tensor = graph.tensors.get(str(weight.target)) if weight.op == "get_attr" else None
-    return tensor if tensor is not None and tensor.dtype in cost.DTYPES else None

@@ -34,12 +34,14 @@ class Codes:
     Attributes:
         product: the layer that multiplies by all codebooks.
         parts: of each stage, where its codebook begins and ends, and the name of its map.
+        tokens: in each map.
         token_bias: the tensor of biases ``[V]`` that is added to them, or None.
         logits: the operator that gives them.
     """
 
     product: fx.Node
     parts: tuple[tuple[int, int, str], ...]
+    tokens: int
     token_bias: fx.Node | None
     logits: fx.Node
 
@@ -87,12 +89,15 @@ def _codes(graph: Graph, product: fx.Node) -> Codes | None:
     weight: Any = product.args[1]
     name = graph._weight_name(weight)
     bias = argument(product, "bias", None)
-    if name is None or (bias is not None and _plain(graph, bias) is None):
+    if name is None:
         return None
     is_cast = weight.target is _aten.to.dtype and name not in graph.encodings
-    if is_cast or _dtype(graph, name) not in (torch.float32, torch.bfloat16, torch.float16):
+    if is_cast or _product_dtype(graph, product) not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     entries = graph.shape(name)[0]
+    added = stored(graph, bias)
+    if bias is not None and (added is None or added.shape != (entries,)):
+        return None
     picks: dict[fx.Node, tuple[int, int, str]] = {}
     for user in product.users:
         is_slice = user.target is _aten.slice.Tensor and len(user.args) == 4 and user.args[1] == -1
@@ -107,9 +112,10 @@ def _codes(graph: Graph, product: fx.Node) -> Codes | None:
     parts = list(picks.values())
     # one codebook after the other, and fewer entries than tokens
     contiguous = [0, *(end for _, end, _ in parts)] == [*(start for start, _, _ in parts), entries]
-    if not parts or not contiguous or entries >= len(graph.tensors[parts[0][2]]):
+    tokens = {graph.tensors[indices].numel() for _, _, indices in parts}
+    if len(tokens) != 1 or not contiguous or entries >= min(tokens):
         return None
-    return _sum(graph, product, picks)
+    return _sum(graph, product, picks, min(tokens))
 
 
 def _map(graph: Graph, node: fx.Node) -> str | None:
@@ -123,7 +129,9 @@ def _map(graph: Graph, node: fx.Node) -> str | None:
     return name if indices.op == "get_attr" and name in graph.tensors else None
 
 
-def _sum(graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, str]]) -> Codes | None:
+def _sum(
+    graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, str]], tokens: int
+) -> Codes | None:
     """The sum of all that is picked from a product, in this order, and perhaps a bias."""
     total, *rest = picks
     for pick in rest:
@@ -136,11 +144,17 @@ def _sum(graph: Graph, product: fx.Node, picks: dict[fx.Node, tuple[int, int, st
     token_bias = None
     last = _only_user(total)
     if last is not None and last.target is _aten.add.Tensor and last.args[0] is total and not last.kwargs:
-        other = _plain(graph, last.args[1])
-        if other is not None and other.ndim == 1:
+        other = stored(graph, last.args[1])
+        dtype = _product_dtype(graph, product)
+        # one for each token, and of no wider dtype: the sum would have that dtype
+        if (
+            other is not None
+            and other.shape == (tokens,)
+            and torch.promote_types(other.dtype, dtype) == dtype
+        ):
             token_bias, total = last.args[1], last
     assert token_bias is None or isinstance(token_bias, fx.Node)
-    return Codes(product, tuple(picks.values()), token_bias, total)
+    return Codes(product, tuple(picks.values()), tokens, token_bias, total)
 
 
 def _candidates(graph: Graph, codes: Codes) -> _Candidates | None:
@@ -169,19 +183,22 @@ def _candidates(graph: Graph, codes: Codes) -> _Candidates | None:
     if column.target is not _aten.unsqueeze.default or column.args != (codes.product.args[0], -1):
         return None
     rows = table.args[0]
-    floats = [_plain(graph, node) for node in (rows, bias) if node is not None]
-    same = _dtype(graph, str(graph._weight_name(codes.product.args[1])))
-    if any(tensor is None or tensor.dtype != same for tensor in floats):
-        return None
+    columns = graph.shape(str(graph._weight_name(codes.product.args[1])))[1]
+    for node, shape in ((rows, (codes.tokens, columns)), (bias, (codes.tokens,))):
+        tensor = stored(graph, node)
+        if node is not None and (tensor is None or tensor.shape != shape):
+            return None
+        if tensor is not None and tensor.dtype != _product_dtype(graph, codes.product):
+            return None
     if list(first.args[2:3]) not in ([], [-1]) or list(first.args[3:4]) not in ([], [True]):
         return None
     return _Candidates(rows, bias, first.args[1], scatter)
 
 
-def _plain(graph: Graph, node: Any) -> Tensor | None:
+def stored(graph: Graph, node: Any) -> Tensor | None:
     """The tensor that this reads as it is stored; None if it is something else."""
-    stored = isinstance(node, fx.Node) and node.op == "get_attr"
-    return graph.tensors.get(str(node.target)) if stored else None
+    is_read = isinstance(node, fx.Node) and node.op == "get_attr"
+    return graph.tensors.get(str(node.target)) if is_read else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -193,12 +210,12 @@ def _replace(graph: Graph, codes: Codes, exact: _Candidates | None) -> None:
     hidden, codebook = codes.product.args[:2]
     stacked, stem = codes.maps(graph), codes.stem
     token_bias: Any = codes.token_bias
-    added = _plain(graph, argument(codes.product, "bias", None))
+    added = stored(graph, argument(codes.product, "bias", None))
     with graph.ops.inserting_before(old):
         maps_node = _tensor(graph, f"{stem}codes", stacked)
         if added is not None:
             # a bias of entries is one of tokens
-            whole = torch.zeros(stacked.shape[1]) if token_bias is None else _plain(graph, token_bias)
+            whole = torch.zeros(stacked.shape[1]) if token_bias is None else stored(graph, token_bias)
             assert whole is not None
             whole = whole.float()
             for start, end, name in codes.parts:
@@ -219,7 +236,8 @@ def _tensor(graph: Graph, name: str, value: Tensor) -> fx.Node:
     return graph.ops.get_attr(name)
 
 
-def _dtype(graph: Graph, weight: str) -> torch.dtype:
-    """The dtype of a weight's values."""
-    encoded = graph.encodings.get(weight)
-    return graph.tensors[weight].dtype if encoded is None else encoded.dtype
+def _product_dtype(graph: Graph, product: fx.Node) -> torch.dtype:
+    """The dtype of the weight of a layer, and so of what it gives."""
+    name = str(graph._weight_name(product.args[1]))
+    encoded = graph.encodings.get(name)
+    return graph.tensors[name].dtype if encoded is None else encoded.dtype

@@ -18,7 +18,7 @@ def low_rank_matmul(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None)
     Args:
         x: ``[..., K]``, a floating-point tensor.
         first, last: the factors, in the dtype of `x`.
-        bias: or None.
+        bias: ``[N]``, or None.
 
     Returns:
         ``[..., N]`` in the dtype of `x`; what is between the factors is rounded to it.
@@ -26,20 +26,20 @@ def low_rank_matmul(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None)
     Raises:
         PassError: the sizes do not fit one another.
     """
-    _check(x, first, last)
+    _check(x, first, last, bias)
     return reference.low_rank_matmul(x, first, last, bias)
 
 
 @low_rank_matmul.register_fake
 def _(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, first, last)
+    _check(x, first, last, bias)
     return x.new_empty(*x.shape[:-1], last.shape[0])
 
 
 @low_rank_matmul.register_kernel("cuda")
 def on_gpu(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None) -> Tensor:
     """The same, on a GPU: in one launch for few rows of x and small factors, else by two products."""
-    _check(x, first, last)
+    _check(x, first, last, bias)
     rows, (rank, columns) = x.numel() // max(1, x.shape[-1]), first.shape
     has_kernel = x.dtype in cost.DTYPES and importlib.util.find_spec("triton") is not None
     if not has_kernel or not cost.pays(rows, last.shape[0], columns, rank):
@@ -51,9 +51,11 @@ def on_gpu(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None) -> Tenso
     return y.view(*x.shape[:-1], last.shape[0])
 
 
-def _check(x: Tensor, first: Tensor, last: Tensor) -> None:
+def _check(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None) -> None:
     if x.shape[-1] != first.shape[1] or first.shape[0] != last.shape[1]:
         raise PassError(
             f"x has {x.shape[-1]} columns, the factors are {list(first.shape)} and {list(last.shape)}",
             expected="[R, K] and [N, R] for K columns",
         )
+    if bias is not None and bias.shape != last.shape[:1]:
+        raise PassError(f"the bias is {list(bias.shape)}", expected=f"one for each of {len(last)} outputs")

@@ -74,7 +74,8 @@ def launch(x: Tensor, first: Tensor, last: Tensor, bias: Tensor | None, out: Ten
     y = x.new_empty(m, outputs) if out is None else out
     block_r, block_k = blocks(rank)
     low_rank_kernel[(triton.cdiv(outputs, BLOCK_N),)](
-        x.contiguous(), first, last, last if bias is None else bias, y, m, outputs, columns, rank,
+        x.contiguous(), first.contiguous(), last.contiguous(), last if bias is None else bias.contiguous(), y,
+        m, outputs, columns, rank,
         BM=ROWS, BN=BLOCK_N, BK=block_k, BR=block_r, STAGES=STAGES,
         EVEN=block_r == rank and columns % block_k == 0, BIAS=bias is not None, F32=INTERPRETED,
         num_warps=4, num_stages=STAGES,

@@ -46,7 +46,7 @@ def vq_logits(
     Raises:
         PassError: the sizes do not fit one another.
     """
-    _check(x, codebook, codes, sizes, rows, candidates)
+    _check(x, codebook, codes, sizes, token_bias, rows, bias, candidates)
     return reference.vq_logits(x, codebook, codes, sizes, token_bias, rows, bias, candidates)
 
 
@@ -61,7 +61,7 @@ def _(
     bias: Tensor | None,
     candidates: int,
 ) -> Tensor:
-    _check(x, codebook, codes, sizes, rows, candidates)
+    _check(x, codebook, codes, sizes, token_bias, rows, bias, candidates)
     return x.new_empty(*x.shape[:-1], codes.shape[1])
 
 
@@ -77,7 +77,7 @@ def on_gpu(
     candidates: int,
 ) -> Tensor:
     """The same, on a GPU; without Triton, by the operators of the reference."""
-    _check(x, codebook, codes, sizes, rows, candidates)
+    _check(x, codebook, codes, sizes, token_bias, rows, bias, candidates)
     if x.dtype not in _ON_GPU or importlib.util.find_spec("triton") is None:
         return reference.vq_logits(x, codebook, codes, sizes, token_bias, rows, bias, candidates)
     from compress.kernels.vq_logits import triton
@@ -87,7 +87,14 @@ def on_gpu(
 
 
 def _check(
-    x: Tensor, codebook: Tensor, codes: Tensor, sizes: list[int], rows: Tensor | None, candidates: int
+    x: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    sizes: list[int],
+    token_bias: Tensor | None,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    candidates: int,
 ) -> None:
     if x.shape[-1] != codebook.shape[1]:
         raise PassError(
@@ -104,3 +111,11 @@ def _check(
             f"{candidates} candidates of {codes.shape[1]} tokens, {given} rows",
             expected="at most as many as tokens, and none without the rows of the dense head",
         )
+    tokens, columns = codes.shape[1], codebook.shape[1]
+    for name, tensor, shape in (
+        ("token_bias", token_bias, [tokens]),
+        ("rows", rows, [tokens, columns]),
+        ("bias", bias, [tokens]),
+    ):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise PassError(f"{name} is {list(tensor.shape)}", expected=f"{shape}, one for each token")

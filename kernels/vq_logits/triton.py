@@ -211,14 +211,16 @@ def launch(
     block_m, block_v = blocks(m)
     starts = tuple(sum(sizes[:stage]) for stage in range(len(sizes)))
     gather_kernel[(triton.cdiv(tokens, block_v), triton.cdiv(m, block_m))](
-        part, codes, codes if token_bias is None else token_bias, y, tops, m, tokens,
+        part, codes.contiguous(), codes if token_bias is None else token_bias.contiguous(), y, tops,
+        m, tokens,
         STARTS=starts, BM=block_m, BV=block_v, BIAS=token_bias is not None, SUB=sub, num_warps=4,
     )  # fmt: skip
     if rows is None:
         return y
     chosen = selected(y, tops, candidates, sub)
     rescore_kernel[(triton.cdiv(candidates, RESCORED[0]), m)](
-        x, rows, rows if bias is None else bias, chosen, y, columns, tokens, candidates,
+        x.contiguous(), rows.contiguous(), rows if bias is None else bias.contiguous(), chosen, y,
+        columns, tokens, candidates,
         BC=RESCORED[0], BN=RESCORED[1], BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return y

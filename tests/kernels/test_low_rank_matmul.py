@@ -66,6 +66,8 @@ def test_sizes_that_do_not_fit_are_said() -> None:
         low_rank_matmul(torch.randn(2, 11), first, last, None)
     with pytest.raises(PassError, match=r"and \[20, 2\]"):
         low_rank_matmul(torch.randn(2, 12), first, last[:, 1:], None)
+    with pytest.raises(PassError, match=r"the bias is \[1\]"):
+        low_rank_matmul(torch.randn(2, 12), first, last, torch.zeros(1))
 
 
 def test_on_a_gpu_two_products_where_one_launch_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,17 +156,32 @@ def test_what_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not chains(fuse(result.graph)[0].ops)
 
     class Two(nn.Module):
-        """The first layer has a bias, or another reader."""
+        """The first layer has a bias, or another reader, or the second one bias for all outputs."""
 
-        def __init__(self, bias: bool) -> None:
+        def __init__(self, kind: str) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(48, 8, bias=bias), nn.Linear(8, 48)
+            self.kind = kind
+            self.a, self.b = nn.Linear(48, 8, bias=kind == "biased"), nn.Linear(8, 48)
+            if kind == "one bias":
+                self.b.bias = nn.Parameter(torch.randn(1))
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             z = self.a(x)
-            return self.b(z), z if self.a.bias is None else x
+            return self.b(z), z if self.kind == "read twice" else x
 
     monkeypatch.undo()
-    for bias in (False, True):
-        graph = compress.capture(Two(bias).bfloat16(), [x])
-        assert not chains(fuse(graph)[0].ops)
+    for kind in ("biased", "read twice", "one bias"):
+        graph = compress.capture(Two(kind).bfloat16(), [x])
+        assert not chains(fuse(graph)[0].ops), kind
+
+
+def test_weights_stored_with_strides_are_copied() -> None:
+    """The kernel knows no strides."""
+    x = torch.randn(3, 48).bfloat16()
+    model = nn.Sequential(nn.Linear(48, 8, bias=False), nn.Linear(8, 48)).bfloat16()
+    graph = compress.capture(model, [x])
+    graph.tensors.update({name: torch.stack([t, t], -1)[..., 0] for name, t in graph.tensors.items()})
+    fused, _ = fuse(graph)
+    (node,) = chains(fused.ops)
+    assert all(fused.tensors[n.target].is_contiguous() for n in node.args[1:])
+    assert torch.equal(graph.run([x])[0], fused.run([x])[0])

@@ -119,6 +119,13 @@ def test_sizes_that_do_not_fit_are_said() -> None:
         vq_logits(x, codebook, codes, sizes, bias, None, None, 3)
     with pytest.raises(PassError, match="21 candidates"):
         vq_logits(x, codebook, codes, sizes, bias, rows, None, 21)
+    assert bias is not None and rows is not None
+    with pytest.raises(PassError, match=r"token_bias is \[1\]"):
+        vq_logits(x, codebook, codes, sizes, bias[:1], None, None, 0)
+    with pytest.raises(PassError, match=r"rows is \[19, 12\]"):
+        vq_logits(x, codebook, codes, sizes, None, rows[1:], None, 3)
+    with pytest.raises(PassError, match=r"bias is \[20, 1\]"):
+        vq_logits(x, codebook, codes, sizes, None, rows, bias[:, None], 3)
 
 
 def test_a_gpu_without_triton_takes_the_operators_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +268,19 @@ def test_a_tied_head_shares_its_rows() -> None:
     assert torch.equal(result.graph.run(inputs)[0], fused.run(inputs)[0])
 
 
+def test_tensors_stored_with_strides_are_copied() -> None:
+    """The kernels know no strides."""
+    graph = compressed(SCREEN).graph.copy()
+    for name, tensor in graph.tensors.items():
+        if name.startswith("lm_head") and tensor.is_floating_point():
+            graph.tensors[name] = torch.stack([tensor, tensor], -1)[..., 0]
+    fused, _ = fuse(graph)
+    (node,) = heads(fused.ops)
+    read = [fused.tensors[n.target] for n in node.all_input_nodes if n.op == "get_attr"]
+    assert len(read) == 5 and all(tensor.is_contiguous() for tensor in read)
+    assert torch.equal(graph.run([ids()])[0], fused.run([ids()])[0])
+
+
 def test_half_precision() -> None:
     model = make("tied_lm").bfloat16()
     step = VqLogits(codes=16, stages=2)
@@ -279,7 +299,7 @@ class InOtherWays(nn.Module):
         super().__init__()
         self.kind = kind
         self.codebook = nn.Linear(6, 8, bias=kind == "biased")
-        self.bias = nn.Parameter(torch.randn(30))
+        self.bias = nn.Parameter(torch.randn(1 if kind == "one bias" else 30))
         self.register_buffer("map0", torch.randint(0, 5, (30,), dtype=torch.int32))
         self.register_buffer("map1", torch.randint(0, 3, (30,), dtype=torch.int32))
 
@@ -301,7 +321,9 @@ class InOtherWays(nn.Module):
         return total + self.bias
 
 
-KINDS = ("plain", "biased", "computed bias", "between", "product", "alpha", "both", "other reader", "double")
+LEFT = ("between", "product", "alpha", "both", "other reader", "double")
+APART = ("computed bias", "one bias", "wide bias")
+KINDS = ("plain", "biased", *APART, *LEFT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,10 +333,17 @@ def test_what_is_a_head_in_codes_and_what_is_not(kind: str) -> None:
         model, x = InOtherWays(kind).eval(), torch.randn(4, 6)
     if kind == "double":
         model, x = model.double(), x.double()
+    if kind == "wide bias":
+        model.codebook, x = model.codebook.bfloat16(), x.bfloat16()
     graph = compress.capture(model, [x])
     fused, _ = fuse(graph)
-    assert len(heads(fused.ops)) == (kind in ("plain", "biased", "computed bias"))
-    assert_close(graph.run([x])[0], fused.run([x])[0], db=120)
+    found = heads(fused.ops)
+    assert len(found) == (kind not in LEFT)
+    assert all((node.args[4] is None) == (kind in APART) for node in found)
+    want, have = graph.run([x])[0], fused.run([x])[0]
+    assert want.dtype == have.dtype
+    # the graph rounds every sum to bfloat16, the operator one
+    assert_close(want, have, db=40 if kind == "wide bias" else 120)
 
 
 def test_a_head_of_few_tokens_is_left() -> None:

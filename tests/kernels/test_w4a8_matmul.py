@@ -229,6 +229,28 @@ def test_other_readers_keep_the_rounded_value() -> None:
         assert_close(want, have, db=100)
 
 
+class Two(nn.Module):
+    """Two layers that read one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(128, 64), nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q(x), self.k(x)
+
+
+def test_layers_quantized_in_another_order_than_they_are_called() -> None:
+    x = torch.randn(3, 128)
+    steps = [QuantizeActivations(activations="dynamic", weight_bits=4, targets=(n,)) for n in ("k", "q")]
+    graph = compress.run(Two(), steps, example_inputs=(x,)).graph
+    assert list(graph.encodings) == ["k.weight", "q.weight"]
+    fused, _ = fuse(graph)
+    assert [n.target for n in fused.ops.nodes].count(QUANTIZE_DYNAMIC) == 1
+    for want, have in zip(graph.run([x]), fused.run([x]), strict=True):
+        assert_close(want, have, db=100)
+
+
 # -- on a GPU -------------------------------------------------------------------------------------
 
 

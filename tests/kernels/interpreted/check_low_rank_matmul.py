@@ -41,3 +41,10 @@ def test_product(m: int, outputs: int, columns: int, rank: int, dtype: torch.dty
         once = rounded.double() @ last.double().T + shift
         assert float((y - once).norm() / once.norm()) < 1e-4
     assert kernels.launch(x, first, last, given).dtype == dtype
+
+
+def test_weights_with_strides() -> None:
+    shapes = ((3, 40), (7, 40), (33, 7), (33,))
+    plain = [torch.randn(shape).half() for shape in shapes]
+    strided = [torch.stack([t, t], -1)[..., 0] for t in plain]
+    assert torch.equal(kernels.launch(*strided), kernels.launch(*plain))

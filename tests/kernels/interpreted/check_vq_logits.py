@@ -155,6 +155,17 @@ def test_many_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(kernels.vq_logits(x, *arguments), whole)
 
 
+def test_tensors_with_strides() -> None:
+    given = head(60, 8, [4, 4], torch.float32, torch.uint8, 0)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in given]
+    x = torch.randn(2, 8)
+    (codebook, maps, token_bias, rows, bias), (a, b, c, d, e) = given, strided
+    whole = kernels.vq_logits(x, codebook, maps, [4, 4], token_bias, rows, bias, 5)
+    assert torch.equal(kernels.vq_logits(x, a, b, [4, 4], c, d, e, 5), whole)
+    strided_x = torch.stack([x, x], -1)[..., 0]
+    torch.testing.assert_close(kernels.launch(strided_x, a, b, [4, 4], c, d, e, 5), whole)
+
+
 def test_no_rows() -> None:
     codebook, maps, token_bias, _, _ = head(30, 8, [4], torch.float32, torch.uint8, 0)
     assert kernels.vq_logits(torch.ones(0, 8), codebook, maps, [4], token_bias, None, None, 0).shape == (
