@@ -1,4 +1,4 @@
-"""What launches of split kernels need besides their operands: counters that start at zero."""
+"""What split launches need besides their operands: memory for parts, and counters that start at zero."""
 
 from __future__ import annotations
 
@@ -49,3 +49,19 @@ class Counters:
 
 COUNTERS = Counters()
 """Those of this process."""
+
+
+def for_parts(y: Tensor, split: int, programs: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Memory and counters for programs that share K: float32 ``[>= all parts]``, int32 ``[>= programs]``.
+
+    Args:
+        y: the result; stands for both where nothing is split and no program looks at them.
+        split: programs that share K.
+        programs: with a block of y each.
+        size: numbers in a part.
+    """
+    if split == 1:
+        return y, y
+    blocks = programs[0] * programs[1]
+    parts = torch.empty(split * blocks * size, dtype=torch.float32, device=y.device)
+    return parts, COUNTERS.take(y.device, blocks)

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 import triton
 
+from compress.errors import ExportError
 from compress.kernels.inspection import assemble, build
 
 SHARED = 48 * 1024
 """Bytes of shared memory that a block may have without asking the driver first, on every GPU (CUDA C++
 Programming Guide, "Compute Capabilities"). No host is known here to ask."""
 
-_VERSION, _LATER = 87, 88
-"""Of PTX, as Triton counts it: that of CUDA 12.8, which knows GPUs up to 12.0, and of CUDA 12.9. A driver
-takes none that is newer than itself, and Triton's own choice is the newest it can write."""
+_VERSIONS = {80: 87, 86: 87, 87: 87, 89: 87, 90: 87, 100: 87, 103: 88, 120: 87, 121: 88}
+"""Compute capability -> version of PTX, as Triton counts it: that of CUDA 12.8, and of CUDA 12.9 for the GPUs
+that it brought. A driver takes none that is newer than itself, and Triton's own choice is the newest it can
+write."""
 
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -54,7 +56,7 @@ class Ptx:
 
 @dataclass(frozen=True)
 class Launch:
-    """One way to compute ``y[M, N]`` by a single launch, for any M.
+    """One way to compute ``y[M, N]`` by a single launch, for M up to 65,535 times `rows`.
 
     Its arguments are pointers to the inputs, then M and `scalars` as int32, then the pointer to y.
 
@@ -93,10 +95,14 @@ def emit(
         kernel, types, constants, capability, warps, stages: as for `inspection.compile_for`.
 
     Raises:
+        ExportError: it is not known which PTX this GPU takes.
         RuntimeError: the kernel needs scratch memory, or ``ptxas`` does not take the program.
     """
     aligned = [name for name in types if name not in uneven]
-    version = _VERSION if capability <= 120 else _LATER
+    version = _VERSIONS.get(capability)
+    if version is None:
+        known = ", ".join(f"sm{known}" for known in _VERSIONS)
+        raise ExportError(f"no version of PTX is known for sm{capability}", expected=f"one of {known}")
     with triton.knobs.compilation.scope():
         # where the source lies on this machine is nothing for an engine
         triton.knobs.compilation.disable_line_info = True

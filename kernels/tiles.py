@@ -1,4 +1,4 @@
-"""What the Triton kernels have in common: from packed words to an operand of the tensor cores.
+"""What the Triton kernels have in common: packed words as operands of the tensor cores, and sums in parts.
 
 The words of a tile lie in registers as the matrix instruction wants its operand (`compress.kernels.layouts`),
 so a code becomes a 16-bit number where it is: ``(word >> 4*r) & 0x000F000F | 0x43004300`` is two bfloat16
@@ -199,3 +199,27 @@ def decode(
             values = values * both_rows(low_scale, high_scale, BN, BK, FP16)
     values = values.permute(0, 5, 2, 1, 4, 6, 3, 7) if KW == 2 else values.permute(0, 5, 2, 1, 4, 3, 6, 7)
     return values.reshape(BN, BK)
+
+
+@triton.jit
+def whole_sum(part, part_ptr, count_ptr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Whether this is the last to come of `SPLIT` programs that share K, and the sum of their parts.
+
+    A part is float32 ``[BN, BM]``; the last program adds them in order, so the sum is the same every time.
+    Memory for them and counters: `compress.kernels.launching.for_parts`.
+    """
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    # places of parts need 64 bits where there are many rows of x
+    parts = part_ptr + program.to(tl.int64) * (BN * BM) + inner
+    stride = programs.to(tl.int64) * (BN * BM)
+    tl.store(parts + tl.program_id(2) * stride, part)
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr + program, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        part = tl.zeros((BN, BM), tl.float32)
+        for i in range(SPLIT):
+            part += tl.load(parts + i * stride, cache_modifier=".cg")
+        tl.store(count_ptr + program, 0)
+    return last, part

@@ -23,6 +23,7 @@ from compress.kernels.timing import Call, copies, seconds
 from compress.kernels.tuning import BLOCK_M, Config, Gpu, Problem, fits
 from compress.kernels.w4_bsr_matmul import layout as bsr
 from compress.kernels.w4_matmul.layout import kwidth_of, layout_for, pack, step_of
+from compress.kernels.w4_sparse24_matmul import layout as sparse24
 from compress.kernels.w4a8_matmul import layout as int8
 
 SHAPES = (
@@ -60,16 +61,48 @@ def random_weight(
 
 
 def random_blocks(
-    rows: int, columns: int, group_size: int, zeros: float, layout: str, device: torch.device
+    rows: int,
+    columns: int,
+    group_size: int,
+    layout: str,
+    device: torch.device,
+    *,
+    used: Tensor | None = None,
+    zero_points: bool = False,
 ) -> tuple[Weight, bsr.Packed]:
-    """A canonical weight of random codes with a part `zeros` of its blocks zero, and the same in a layout."""
-    grid = (math.ceil(rows / bsr.ROWS), math.ceil(columns / bsr.COLUMNS))
-    used = torch.rand(grid, device=device) >= zeros
+    """A canonical weight of random codes with blocks of zeros, and the same in a layout.
+
+    Args:
+        used: which blocks are not zero, bool ``[ceil(rows/64), ceil(columns/128)]``; None: half, at random.
+    """
+    if used is None:
+        used = torch.rand(math.ceil(rows / bsr.ROWS), math.ceil(columns / bsr.COLUMNS), device=device) < 0.5
     used = used.repeat_interleave(bsr.ROWS, 0).repeat_interleave(bsr.COLUMNS, 1)[:rows, :columns]
+    zeros = torch.full((rows, math.ceil(columns / group_size)), 8, dtype=torch.uint8, device=device)
+    if zero_points:
+        zeros = torch.randint_like(zeros, 16)
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device)
-    packed = pack_bits(codes.masked_fill_(~used, 8), 4)
-    scales = torch.rand(rows, math.ceil(columns / group_size), device=device) * 0.02 + 0.01
-    return (packed, scales, None), bsr.pack(packed, scales, None, group_size, columns, layout)
+    codes = torch.where(used, codes, zeros.repeat_interleave(group_size, 1)[:, :columns])
+    scales = torch.rand(zeros.shape, device=device) * 0.02 + 0.01
+    canonical = (pack_bits(codes, 4), scales, pack_bits(zeros, 4) if zero_points else None)
+    return canonical, bsr.pack(*canonical, group_size, columns, layout)
+
+
+def random_sparse24(
+    rows: int, columns: int, group_size: int, *, zero_points: bool, scales: torch.dtype, device: torch.device
+) -> tuple[Weight, sparse24.Packed]:
+    """A canonical weight with two of every four zero, and the same for `compress::w4_sparse24_matmul`."""
+    groups, fours = math.ceil(columns / group_size), math.ceil(columns / 4)
+    zeros = torch.full((rows, groups), 8, dtype=torch.uint8, device=device)
+    if zero_points:
+        zeros = torch.randint_like(zeros, 16)
+    codes = torch.randint(0, 16, (rows, fours, 4), dtype=torch.uint8, device=device)
+    gone = torch.rand(codes.shape, device=device).argsort(-1)[..., :2]
+    filled = zeros.repeat_interleave(group_size, 1)[:, : 4 * fours : 4]
+    codes = codes.scatter(-1, gone, filled.unsqueeze(-1).expand_as(gone)).flatten(1)[:, :columns]
+    spread = (torch.rand(zeros.shape, device=device) * 0.02 + 0.01).to(scales)
+    canonical = (pack_bits(codes, 4), spread, pack_bits(zeros, 4) if zero_points else None)
+    return canonical, sparse24.pack(*canonical, group_size, columns, "sp24")
 
 
 def random_int8(
@@ -92,7 +125,8 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
             for stages in (2, 3, 4):
                 config = Config(problem.block_m, block_n, warps, stages, split)
                 blocks = math.ceil(problem.rows / block_n) * math.ceil(problem.m / problem.block_m) * split
-                shared = stages * step * (block_n // 2 + 2 * problem.block_m)
+                # of one stage more or less is in registers: what does not fit in the end is left out later
+                shared = (stages - 1) * step * (block_n // 2 + 2 * problem.block_m)
                 share = blocks / gpu.multiprocessors
                 if fits(config, problem) and shared <= gpu.shared and (split == 1 or 0.5 <= share <= 6):
                     found.append(config)
@@ -170,19 +204,16 @@ def _best_of_blocks(
     rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: torch.device
 ) -> dict[str, Any]:
     """For a weight with half of its blocks zero."""
-    from compress.kernels.w4_bsr_matmul.triton import Blocks, launch
+    from compress.kernels.w4_bsr_matmul.triton import Blocks, launch, problem_of
 
     layout = bsr.layout_for(gpu.capability)
     weights = []
     for _ in range(copies(rows * columns // 4, device)):
-        codes, rowptr, colidx, scales, zeros = random_blocks(rows, columns, group_size, 0.5, layout, device)[
-            1
-        ]
+        _, (codes, rowptr, colidx, scales, zeros) = random_blocks(rows, columns, group_size, layout, device)
         assert rowptr is not None and colidx is not None
         weights.append(Blocks(codes, rowptr, colidx, scales, zeros, bsr.kwidth_of(layout)))
     x = torch.randn(m, columns, device=device, dtype=torch.bfloat16)
-    group = weights[0].group
-    problem = Problem(m, rows, columns, group, bsr.COLUMNS // group, len(weights[0].codes) * 64 // rows)
+    problem = problem_of(m, columns, weights[0])
     configs = [Config(m, 64, 4, stages, split) for stages in (3, 4, 6) for split in (1, 2, 4, 8)]
     contenders = {
         config: [functools.partial(launch, x, w, config) for w in weights]
@@ -196,13 +227,13 @@ def _best_of_int8(
     rows: int, columns: int, group_size: int, m: int, gpu: Gpu, device: torch.device
 ) -> dict[str, Any]:
     """For activations of 8 bits, and weights with a scale per row whatever the group size."""
-    from compress.kernels.w4a8_matmul.triton import Packed, launch
+    from compress.kernels.w4a8_matmul.triton import Packed, launch, problem_of
 
     count = copies(rows * columns // 2, device)
     weights = [Packed(*random_int8(rows, columns, columns, device)[1]) for _ in range(count)]
     x = torch.randint(-128, 128, (m, columns), dtype=torch.int8, device=device)
     scales, zeros = torch.ones(m, device=device), torch.zeros(m, dtype=torch.int32, device=device)
-    problem = Problem(m, rows, columns, int8.COLUMNS, 1, weights[0].codes.shape[1] * 64 // int8.COLUMNS)
+    problem = problem_of(m, columns, weights[0])
     contenders = {
         config: [functools.partial(launch, x, scales, zeros, w, config) for w in weights]
         for block_n, warps in ((64, 4), (128, 4), (128, 8))

@@ -6,6 +6,7 @@ default `~/.cache/compress/kernels`), which `compress tune` writes. Nothing is t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -93,6 +94,22 @@ def rule(problem: Problem, gpu: Gpu) -> Config:
     return Config(block_m, block_n, 4, stages, split)
 
 
+def rule_for_short_steps(problem: Problem, gpu: Gpu, nbytes: int) -> Config:
+    """The same for kernels that take 128 columns in a step: more steps under way, and four to a program.
+
+    As many as half the shared memory holds, at least three and at most six.
+
+    Args:
+        nbytes: of an element of x.
+    """
+    stage_bytes = 64 * 64 + 128 * nbytes * problem.block_m
+    stages = max(3, min(6, gpu.shared // 2 // stage_bytes))
+    split, blocks = 1, math.ceil(problem.rows / 64) * math.ceil(problem.m / problem.block_m)
+    while split < 8 and 4 * split <= problem.steps and 2 * split * blocks <= 2 * gpu.multiprocessors:
+        split *= 2
+    return Config(problem.block_m, 64, 4, stages, split)
+
+
 def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
     """The launch that was measured (`measured`), or else by `rule`."""
     return measured(operator, problem, gpu) or rule(problem, gpu)
@@ -100,7 +117,10 @@ def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def measured(operator: str, problem: Problem, gpu: Gpu) -> Config | None:
-    """The launch measured for the nearest shape, if less than twice or half as large."""
+    """The launch measured for the nearest shape, if less than twice or half as large.
+
+    For more rows of x than were measured K is shared by fewer programs: there are more blocks of rows.
+    """
     size = math.log2(problem.rows * problem.columns)
     near = [
         # of as many weights, those of the same form
@@ -111,6 +131,8 @@ def measured(operator: str, problem: Problem, gpu: Gpu) -> Config | None:
     if near:
         (distance, _), entry = min(near, key=lambda pair: pair[0])
         config = Config(**entry["config"])
+        blocks = math.ceil(problem.m / problem.block_m)
+        config = dataclasses.replace(config, split_k=max(1, config.split_k // max(1, blocks)))
         if distance < 1 and fits(config, problem):
             return config
     return None

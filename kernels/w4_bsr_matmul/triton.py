@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.inspection import Compiled, compile_for
-from compress.kernels.launching import COUNTERS
-from compress.kernels.tiles import scale_value
-from compress.kernels.tuning import Config, Gpu, Problem, gpu_of, measured
+from compress.kernels.launching import for_parts
+from compress.kernels.tiles import scale_value, whole_sum
+from compress.kernels.tuning import Config, Gpu, Problem, gpu_of, measured, rule_for_short_steps
 from compress.kernels.w4_matmul.triton import INTERPRETED, prescaled, weight_tile
 
 CROSS_OVER = 128
@@ -130,22 +130,11 @@ def matmul_kernel(
         column = tl.load(ci_ptr + block + 1)
     y_ptrs = y_ptr + rm[None, :] * N + rn[:, None]
     mask = mask_m & (rn < N)[:, None]
-    if SPLIT == 1:
+    done = True
+    if SPLIT > 1:
+        done, acc = whole_sum(acc, part_ptr, count_ptr, SPLIT, 64, BM)
+    if done:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        # the last program to come adds all parts, in order: the sum is the same every time
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        program = pid_m * tl.num_programs(0) + pid_n
-        inner = tl.arange(0, 64)[:, None] * BM + tl.arange(0, BM)[None, :]
-        parts = part_ptr + program * (64 * BM) + inner
-        tl.store(parts + pid_k * programs * (64 * BM), acc)
-        tl.debug_barrier()
-        if tl.atomic_add(count_ptr + program, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.zeros((64, BM), tl.float32)
-            for i in range(SPLIT):
-                total += tl.load(parts + i * programs * (64 * BM), cache_modifier=".cg")
-            tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
-            tl.store(count_ptr + program, 0)
 
 
 @triton.jit
@@ -193,24 +182,18 @@ def w4_bsr_matmul(x: Tensor, weight: Blocks, columns: int) -> Tensor:
     return launch(flat, weight, config).view(*x.shape[:-1], rows)
 
 
-def choose(m: int, columns: int, weight: Blocks, gpu: Gpu) -> Config:
-    """The launch measured for the nearest shape; else two programs for each multiprocessor."""
+def problem_of(m: int, columns: int, weight: Blocks) -> Problem:
+    """A product, as its launch is looked up."""
     rows = weight.scales.shape[1]
     # what a program goes through depends on how many blocks there are, not on the columns
-    each = max(1, len(weight.codes) * 64 // rows)
-    problem = Problem(m, rows, columns, weight.group, 128 // weight.group, each)
-    found = measured("w4_bsr_matmul", problem, gpu)
-    if found is not None:
-        return found
-    split, programs = 1, triton.cdiv(rows, 64) * triton.cdiv(m, problem.block_m)
-    while split < 8 and 4 * split <= each and 2 * split * programs <= 2 * gpu.multiprocessors:
-        split *= 2
-    return Config(problem.block_m, 64, 4, stages_for(problem.block_m, gpu), split)
+    steps = max(1, len(weight.codes) * 64 // rows)
+    return Problem(m, rows, columns, weight.group, 128 // weight.group, steps)
 
 
-def stages_for(block_m: int, gpu: Gpu) -> int:
-    """Blocks under way: as many as half the shared memory holds, three to six."""
-    return max(3, min(6, gpu.shared // 2 // (64 * 64 + 256 * block_m)))
+def choose(m: int, columns: int, weight: Blocks, gpu: Gpu) -> Config:
+    """The launch measured for the nearest shape; else by a rule."""
+    problem = problem_of(m, columns, weight)
+    return measured("w4_bsr_matmul", problem, gpu) or rule_for_short_steps(problem, gpu, 2)
 
 
 def launch(x: Tensor, weight: Blocks, config: Config, out: Tensor | None = None) -> Tensor:
@@ -223,11 +206,7 @@ def launch(x: Tensor, weight: Blocks, config: Config, out: Tensor | None = None)
         return y
     x = torch.nn.functional.pad(x, (0, steps * 128 - x.shape[1])).contiguous()
     programs = (triton.cdiv(rows, 64), triton.cdiv(m, config.block_m))
-    parts, counters = y, codes  # not looked at by a launch that is not split
-    if config.split_k > 1:
-        size = config.split_k * programs[0] * programs[1] * 64 * config.block_m
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = COUNTERS.take(x.device, programs[0] * programs[1])
+    parts, counters = for_parts(y, config.split_k, programs, 64 * config.block_m)
     matmul_kernel[(*programs, config.split_k)](
         x, codes, rowptr, colidx, scales.view(torch.int32), codes if zero_points is None else zero_points,
         parts, counters, y, m, rows, x.shape[1],

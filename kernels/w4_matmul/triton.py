@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.inspection import Compiled, compile_for
-from compress.kernels.launching import COUNTERS
-from compress.kernels.tiles import addends, decode, scale_pairs, scale_value, zero_pairs
+from compress.kernels.launching import for_parts
+from compress.kernels.tiles import addends, decode, scale_pairs, scale_value, whole_sum, zero_pairs
 from compress.kernels.tuning import Config, Problem, choose, gpu_of
 
 CROSS_OVER = 128
@@ -104,7 +104,8 @@ def matmul_kernel(
     rk = tl.arange(0, BK)
     rows = n16[:, None] * 16 + tl.arange(0, 8)[None, :]
     q_ptrs = q_ptr + n16[:, None] * (STEPS * (S * G * 2)) + tl.arange(0, BK * 2)[None, :]
-    x_ptrs = x_ptr + rm[None, :] * K + rk[:, None]
+    # hosts of plugins come with any number of rows: their places need 64 bits
+    x_ptrs = x_ptr + rm[None, :].to(tl.int64) * K + rk[:, None]
     mask_m = (rm < M)[None, :]
     per = tl.cdiv(STEPS, SPLIT)
     acc = tl.zeros((BN, BM), tl.float32)
@@ -135,24 +136,13 @@ def matmul_kernel(
             else:
                 scale = scale_value(s_ptr + (step * N + rn) * SW, tile, rn < N, SCALES)
                 acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
-    y_ptrs = y_ptr + rm[None, :] * N + rn[:, None]
+    y_ptrs = y_ptr + rm[None, :].to(tl.int64) * N + rn[:, None]
     mask = mask_m & (rn < N)[:, None]
-    if SPLIT == 1:
+    done = True
+    if SPLIT > 1:
+        done, acc = whole_sum(acc, part_ptr, count_ptr, SPLIT, BN, BM)
+    if done:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        # the last program to come adds all parts, in order: the sum is the same every time
-        blocks = tl.num_programs(0) * tl.num_programs(1)
-        block = pid_m * tl.num_programs(0) + pid_n
-        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        parts = part_ptr + block * (BN * BM) + inner
-        tl.store(parts + pid_k * blocks * (BN * BM), acc)
-        tl.debug_barrier()
-        if tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1:
-            total = tl.zeros((BN, BM), tl.float32)
-            for i in range(SPLIT):
-                total += tl.load(parts + i * blocks * (BN * BM), cache_modifier=".cg")
-            tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
-            tl.store(count_ptr + block, 0)
 
 
 @triton.jit
@@ -233,11 +223,7 @@ def launch(
     columns = x.shape[1]
     group = codes.shape[1] * 64 // (steps * step)
     blocks = (triton.cdiv(rows, config.block_n), triton.cdiv(m, config.block_m))
-    parts, counters = y, codes  # not looked at by a launch that is not split
-    if config.split_k > 1:
-        size = config.split_k * blocks[0] * blocks[1] * config.block_n * config.block_m
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = COUNTERS.take(x.device, blocks[0] * blocks[1])
+    parts, counters = for_parts(y, config.split_k, blocks, config.block_n * config.block_m)
     matmul_kernel[(*blocks, config.split_k)](
         x, codes, scales.view(torch.int32), codes if zero_points is None else zero_points, parts, counters, y,
         m, rows, columns, steps,

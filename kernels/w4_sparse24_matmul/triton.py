@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.inspection import Compiled, compile_for
-from compress.kernels.launching import COUNTERS
+from compress.kernels.launching import for_parts
 from compress.kernels.tiles import BF16_ADDEND, FP16_ADDEND
 from compress.kernels.tuning import Gpu
 
@@ -138,7 +138,7 @@ def tile_sums(
 @triton.jit
 def store_tile(y_ptr, acc, m, n, M, N):
     """Sums of one tile and block to their places in y."""
-    tl.store(y_ptr + m * N + n, acc.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+    tl.store(y_ptr + m.to(tl.int64) * N + n, acc.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
 
 
 @triton.jit
@@ -175,9 +175,12 @@ def sparse_kernel(
     j = tl.arange(0, 4)
     n16 = tl.program_id(0) * (2 * WARPS) + thread // 32
     first_m = tl.program_id(1) * (8 * BLOCKS)
-    # rows past the last one read it again: their sums are not stored
-    x0 = x_ptr + tl.minimum(first_m + g, M - 1)[:, None] * K + (t[:, None] + 16 * j[None, :])
-    x1 = x_ptr + tl.minimum(first_m + 8 + g, M - 1)[:, None] * K + (t[:, None] + 16 * j[None, :])
+    # rows past the last one read it again: their sums are not stored. Places of rows need 64 bits: hosts of
+    # plugins come with any number of them
+    row0 = tl.minimum(first_m + g, M - 1).to(tl.int64)
+    row1 = tl.minimum(first_m + 8 + g, M - 1).to(tl.int64)
+    x0 = x_ptr + row0[:, None] * K + (t[:, None] + 16 * j[None, :])
+    x1 = x_ptr + row1[:, None] * K + (t[:, None] + 16 * j[None, :])
     per = tl.cdiv(STEPS, SPLIT)
     pid_k = tl.program_id(2)
     acc0 = tl.zeros((T, 4), tl.float32)
@@ -316,11 +319,7 @@ def launch(
     x = torch.nn.functional.pad(x, (0, steps * 128 - x.shape[1])).contiguous().view(torch.int32)
     blocks = 2 if m > 8 else 1
     grid = (triton.cdiv(rows, 32 * WARPS), triton.cdiv(m, 8 * blocks))
-    parts, counters = y, codes  # not looked at by a launch that is not split
-    if split > 1:
-        size = split * grid[0] * grid[1] * 16 * 32 * WARPS
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = COUNTERS.take(x.device, grid[0] * grid[1])
+    parts, counters = for_parts(y, split, grid, 16 * 32 * WARPS)
     stored = scales if scales.dtype == torch.float32 else scales.view(torch.int64)
     sparse_kernel[(*grid, split)](
         x, codes, metadata, stored, codes if zero_points is None else zero_points, parts, counters, y,

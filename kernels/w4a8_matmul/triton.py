@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.inspection import Compiled, compile_for
-from compress.kernels.launching import COUNTERS
-from compress.kernels.tuning import Config, Gpu, Problem, gpu_of, measured
+from compress.kernels.launching import for_parts
+from compress.kernels.tiles import whole_sum
+from compress.kernels.tuning import Config, Gpu, Problem, gpu_of, measured, rule_for_short_steps
 from compress.kernels.w4a8_matmul.layout import COLUMNS
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -106,19 +107,7 @@ def matmul_kernel(
         total *= tl.load(s_ptr + rn, mask=rn < N, other=0.0)[:, None]
     done = True
     if SPLIT > 1:
-        # the last program to come adds all parts, in order: the sum is the same every time
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        program = pid_m * tl.num_programs(0) + pid_n
-        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        parts = part_ptr + program * (BN * BM) + inner
-        tl.store(parts + pid_k * programs * (BN * BM), total)
-        tl.debug_barrier()
-        done = tl.atomic_add(count_ptr + program, 1, sem="acq_rel") == SPLIT - 1
-        if done:
-            total = tl.zeros((BN, BM), tl.float32)
-            for i in range(SPLIT):
-                total += tl.load(parts + i * programs * (BN * BM), cache_modifier=".cg")
-            tl.store(count_ptr + program, 0)
+        done, total = whole_sum(total, part_ptr, count_ptr, SPLIT, BN, BM)
     if done:
         weights = tl.load(sum_ptr + rn, mask=rn < N, other=0.0)
         zero = tl.load(xz_ptr + rm, mask=rm < M, other=0).to(tl.float32)
@@ -137,23 +126,17 @@ def w4a8_matmul(x: Tensor, x_scales: Tensor, x_zero_points: Tensor, weight: Pack
     return y.view(*x.shape[:-1], rows)
 
 
-def choose(m: int, columns: int, weight: Packed, gpu: Gpu) -> Config:
-    """The launch measured for the nearest shape; else two programs for each multiprocessor."""
+def problem_of(m: int, columns: int, weight: Packed) -> Problem:
+    """A product, as its launch is looked up."""
     # whole rows are looked up as groups of 128: what a turn of the loop takes
-    rows, step = len(weight.sums), min(weight.group, COLUMNS)
-    problem = Problem(m, rows, columns, step, 1, weight.codes.shape[1] * 64 // step)
-    found = measured("w4a8_matmul", problem, gpu)
-    if found is not None:
-        return found
-    split, programs = 1, triton.cdiv(rows, 64) * triton.cdiv(m, problem.block_m)
-    while split < 8 and 4 * split <= problem.steps and 2 * split * programs <= 2 * gpu.multiprocessors:
-        split *= 2
-    return Config(problem.block_m, 64, 4, stages_for(problem.block_m, gpu), split)
+    step = min(weight.group, COLUMNS)
+    return Problem(m, len(weight.sums), columns, step, 1, weight.codes.shape[1] * 64 // step)
 
 
-def stages_for(block_m: int, gpu: Gpu) -> int:
-    """Steps under way: as many as half the shared memory holds, three to six."""
-    return max(3, min(6, gpu.shared // 2 // (64 * 64 + 128 * block_m)))
+def choose(m: int, columns: int, weight: Packed, gpu: Gpu) -> Config:
+    """The launch measured for the nearest shape; else by a rule."""
+    problem = problem_of(m, columns, weight)
+    return measured("w4a8_matmul", problem, gpu) or rule_for_short_steps(problem, gpu, 1)
 
 
 def launch(
@@ -171,11 +154,7 @@ def launch(
         return y
     x = torch.nn.functional.pad(x, (0, columns - x.shape[1])).contiguous()
     programs = (triton.cdiv(rows, config.block_n), triton.cdiv(m, config.block_m))
-    parts, counters = y, weight.codes  # not looked at by a launch that is not split
-    if config.split_k > 1:
-        size = config.split_k * programs[0] * programs[1] * config.block_n * config.block_m
-        parts = torch.empty(size, dtype=torch.float32, device=x.device)
-        counters = COUNTERS.take(x.device, programs[0] * programs[1])
+    parts, counters = for_parts(y, config.split_k, programs, config.block_n * config.block_m)
     whole = len(weight.scales) == 1
     matmul_kernel[(*programs, config.split_k)](
         x, x_scales, x_zero_points, weight.codes, weight.scales, weight.sums, parts, counters, y,

@@ -7,17 +7,16 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from compress.kernels.low_rank_matmul.triton import blocks, compiled
-
-SHARED = {80: 166912, 89: 101376, 90: 232448, 120: 101376}
+from tests.kernels.gpus import GPUS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("capability", GPUS)
 @pytest.mark.parametrize("rank", [16, 128])
 def test_machine_code(capability: int, rank: int) -> None:
     """Nothing spills, loads run ahead, and products are the tensor cores'."""
     built = compiled(capability, rank)
-    assert built.spilled == 0 and built.shared <= SHARED[capability]
+    assert built.spilled == 0 and built.shared <= GPUS[capability].shared
     loop = built.loop()
     units = {name.split(".")[0] for name in loop}
     assert ("HGMMA" if capability == 90 and rank >= 64 else "HMMA") in units

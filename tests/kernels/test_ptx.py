@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from compress.errors import ExportError
 from compress.kernels import ptx
 from compress.kernels.inspection import assemble, build
 from compress.kernels.ptx import SHARED, Launch, Ptx, emit, without_hidden
@@ -23,7 +25,9 @@ from compress.kernels.w4_matmul.layout import step_of
 from compress.kernels.w4_sparse24_matmul import plugin as sparse
 from compress.kernels.w4_sparse24_matmul import triton as sparse_triton
 
-CAPABILITIES = (80, 89, 90, 120)
+VERSIONS = {80: 8.7, 89: 8.7, 90: 8.7, 103: 8.8, 120: 8.7}
+"""Of PTX, for GPUs of each kind."""
+
 COLUMNS, ROWS = 4096, 4080
 TOKENS, SIZES = 50257, (264, 256, 256, 256)
 
@@ -88,7 +92,7 @@ def test_what_fits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", VERSIONS)
 @pytest.mark.parametrize("kernel", ["w4_matmul", "w4_sparse24_matmul"])
 def test_programs_assemble(kernel: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what Triton added, for every GPU: nothing spills, the arguments are in order."""
@@ -108,16 +112,20 @@ def test_programs_assemble(kernel: str, capability: int, monkeypatch: pytest.Mon
     assert parameters(program.text) == [".u64"] * inputs + [".u32"] * 4 + [".u64"]
     assert assemble(program.text, capability) == (program.registers, 0)
     assert ".loc" not in program.text and ".py" not in program.text
-    assert f".entry {program.name}(" in program.text and ".version 8.7" in program.text
-    product = {
-        "w4_matmul": "wgmma.mma_async" if capability == 90 else "mma.sync",
-        "w4_sparse24_matmul": "mma.sp",
-    }
-    assert product[kernel] in program.text
+    assert f".entry {program.name}(" in program.text
+    assert f".version {VERSIONS[capability]}\n" in program.text
+    dense = {90: "wgmma.mma_async", 103: "tcgen05.mma"}.get(capability, "mma.sync")
+    assert {"w4_matmul": dense, "w4_sparse24_matmul": "mma.sp"}[kernel] in program.text
+
+
+def test_a_gpu_that_is_not_known_is_said() -> None:
+    half = torch.float16
+    with pytest.raises(ExportError, match="no version of PTX is known for sm110"):
+        w4.launches(w4_shapes(128), half, half, 110)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", VERSIONS)
 def test_lookups_assemble(capability: int) -> None:
     """Every variant, with codes of one byte and of two."""
     half = torch.float16
@@ -132,7 +140,7 @@ def test_lookups_assemble(capability: int) -> None:
             assert launch.blocks == -(-tokens // block)
             assert parameters(program.text) == [".u64"] * 3 + [".u32"] * 2 + [".u64"]
             assert assemble(program.text, capability) == (program.registers, 0)
-            assert ".loc" not in program.text and ".version 8.7" in program.text
+            assert ".loc" not in program.text and f".version {VERSIONS[capability]}\n" in program.text
 
 
 def uses(program: str, names: list[str]) -> list[str]:
@@ -184,19 +192,29 @@ def test_a_program_is_the_kernel_that_torch_launches(kernel: str) -> None:
 
 
 def test_what_ptxas_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Built:
-        asm = {"ptx": PROGRAM}  # noqa: RUF012
-
-    def give(*_: Any, **__: Any) -> Built:
-        return Built()
-
-    monkeypatch.setattr(ptx, "build", give)
+    monkeypatch.setattr(ptx, "build", lambda *_, **__: SimpleNamespace(asm={"ptx": PROGRAM}))
     with pytest.raises(RuntimeError, match="ptxas fails"):
         emit(None, {"a": "*i32", "b": "i32"}, {}, [], 80, 4, 2)
 
 
-def test_every_config_is_a_launch_for_some_weight() -> None:
-    """Blocks divide the padded rows, and K is never shared: a plugin has one launch and no workspace."""
-    assert all(isinstance(c, Config) and c.split_k == 1 and c.block_n in (64, 128) for c in w4.CONFIGS)
-    assert len(set(w4.CONFIGS)) == len(w4.CONFIGS) and len(set(sparse.CONFIGS)) == len(sparse.CONFIGS)
+@pytest.mark.parametrize("config", w4.CONFIGS, ids=str)
+def test_every_config_is_a_launch_for_some_weight(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one with as many rows as a block and a single step: K is not shared, there is no workspace."""
+    emitted: list[Config] = []
+    monkeypatch.setattr(w4, "_emit", lambda *arguments: emitted.append(arguments[0]))
+    rows, half = config.block_n, torch.float16
+    found = w4.launches([(-1, 256), (rows // 16, 4, 32, 4), (1, rows, 2), (1, rows)], half, half, 80)
+    assert emitted.count(config) == 1 and len(found) == len(emitted)
+    assert found[emitted.index(config)].blocks == 1
+
+
+def test_every_sparse_config_is_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    emitted: list[tuple[int, int]] = []
+    monkeypatch.setattr(sparse, "_emit", lambda *arguments: emitted.append(arguments[:2]))
+    found = sparse.launches(sparse_shapes(), torch.float16, torch.float16, 80)
+    assert tuple(emitted) == sparse.CONFIGS and len(set(emitted)) == len(emitted)
+    assert [launch.rows for launch in found] == [8 * blocks for blocks, _ in emitted]
+
+
+def test_lookups_are_for_other_rows_each() -> None:
     assert len({rows for rows, _, _ in vq.CONFIGS}) == len(vq.CONFIGS) == 5

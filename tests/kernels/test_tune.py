@@ -15,11 +15,22 @@ import torch
 from compress.errors import CompressError
 from compress.kernels import tune as measuring
 from compress.kernels import tuning
-from compress.kernels.tune import SHAPES, candidates, random_blocks, random_int8, random_weight, tune, write
+from compress.kernels.tune import (
+    SHAPES,
+    candidates,
+    random_blocks,
+    random_int8,
+    random_sparse24,
+    random_weight,
+    tune,
+    write,
+)
 from compress.kernels.tuning import BLOCK_M, Gpu, Problem, choose, fits
 from compress.kernels.w4_bsr_matmul import layout as bsr
 from compress.kernels.w4_matmul.layout import step_of, unpack
+from compress.kernels.w4_sparse24_matmul import layout as sparse24
 from compress.kernels.w4a8_matmul import layout as int8
+from tests.kernels.gpus import GPUS
 
 H200 = Gpu("NVIDIA H200", (9, 0), 132, 232448)
 
@@ -36,12 +47,34 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (70, 600)])
 @pytest.mark.parametrize("m", BLOCK_M)
-def test_candidates_can_be_launched(rows: int, columns: int, m: int) -> None:
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+def test_candidates_can_be_launched(rows: int, columns: int, m: int, gpu: Gpu) -> None:
     group, step = step_of(128, columns)
     problem = Problem(m, rows, columns, group, step, math.ceil(columns / (group * step)))
-    found = candidates(problem, H200)
+    found = candidates(problem, gpu)
     assert 1 < len(found) <= 45 and len(set(found)) == len(found)
     assert all(fits(config, problem) and config.block_m == m for config in found)
+
+
+@pytest.mark.parametrize("size", [(4096, 256), (64, 128), (8192, 8192)])
+def test_blocks_have_launches_to_measure(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a narrow weight with half of its blocks zero, there are rows of blocks with less than one."""
+    triton = pytest.importorskip("compress.kernels.w4_bsr_matmul.triton", reason="triton is not installed")
+    seen: list[Any] = []
+    monkeypatch.setattr(measuring, "copies", lambda nbytes, device: 1)
+    monkeypatch.setattr(measuring, "_fastest", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(measuring, "random_blocks", lambda *_: none_stored(*size))
+    measuring._best_of_blocks(*size, 128, 16, H200, torch.device("cpu"))
+    (operator, problem, contenders) = seen[0]
+    assert operator == "w4_bsr_matmul" and problem.steps == 1
+    assert [config.split_k for config in contenders] == [1, 1, 1]
+    blocks = triton.Blocks(*none_stored(*size)[1], 2)
+    assert triton.problem_of(16, size[1], blocks) == problem, "looked up as it was measured"
+
+
+def none_stored(rows: int, columns: int) -> tuple[None, bsr.Packed]:
+    codes = torch.full((rows, columns // 2), 0x88, dtype=torch.uint8)
+    return None, bsr.pack(codes, torch.ones(rows, columns // 128), None, 128, columns, "bsr_kw2")
 
 
 def test_random_weights_are_one_weight_twice() -> None:
@@ -54,10 +87,27 @@ def test_random_weights_are_one_weight_twice() -> None:
 
 @pytest.mark.parametrize("layout", ["bsr_kw2", "bsr_kw4"])
 def test_random_blocks_are_one_weight_twice(layout: str) -> None:
-    canonical, packed = random_blocks(200, 600, 32, 0.5, layout, torch.device("cpu"))
-    assert 0 < len(packed[0]) < 20
-    back = bsr.unpack(*packed, 32, 600, layout)
+    cpu = torch.device("cpu")
+    assert 0 < len(random_blocks(640, 1280, 32, layout, cpu)[1][0]) < 100
+    used = torch.zeros(4, 5, dtype=torch.bool)
+    used[0], used[2, 1], used[2:, 4] = True, True, True
+    for zero_points in (False, True):
+        canonical, packed = random_blocks(200, 600, 32, layout, cpu, used=used, zero_points=zero_points)
+        assert packed[1] is not None and packed[1].tolist() == [0, 5, 5, 7, 8]
+        back = bsr.unpack(*packed, 32, 600, layout)
+        assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
+        assert (back[2] is not None) == (canonical[2] is not None) == zero_points
+
+
+@pytest.mark.parametrize("columns", [256, 598, 33])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_random_sparse_weights_are_one_weight_twice(columns: int, zero_points: bool) -> None:
+    canonical, packed = random_sparse24(
+        70, columns, 32, zero_points=zero_points, scales=torch.bfloat16, device=torch.device("cpu")
+    )
+    back = sparse24.unpack(*packed, 32, columns, "sp24")
     assert torch.equal(back[0], canonical[0]) and torch.equal(back[1], canonical[1])
+    assert (back[2] is not None) == (canonical[2] is not None) == zero_points
 
 
 def test_random_integers_are_one_weight_twice() -> None:

@@ -95,6 +95,16 @@ def test_a_measured_launch_that_does_not_fit_is_not_taken(tables: Path) -> None:
     assert choose("w4_matmul", short, H200) == rule(short, H200)
 
 
+def test_more_rows_than_were_measured_share_k_less(tables: Path) -> None:
+    """Blocks of rows keep as many programs busy as K did; all its parts would not fit anywhere."""
+    config = {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3, "split_k": 4}
+    entry: dict[str, Any] = {"operator": "w4a8_matmul", "rows": 4096, "columns": 4096, "group": 128, "m": 64}
+    (tables / "nvidia-h200.json").write_text(json.dumps({"entries": [{**entry, "config": config}]}))
+    for m, split in ((33, 4), (64, 4), (65, 2), (128, 2), (256, 1), (131072, 1)):
+        chosen = choose("w4a8_matmul", Problem(m, 4096, 4096, 128, 1, 32), H200)
+        assert chosen == Config(64, 64, 4, 3, split)
+
+
 class FakeCuda:
     """Streams and captures of a GPU that is not here, over memory of the CPU."""
 

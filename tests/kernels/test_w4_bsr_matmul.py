@@ -16,10 +16,11 @@ from compress.encoding import IntEncoding, dequantize, encode
 from compress.errors import MissingExtra, PassError
 from compress.kernels.products import BREAK_EVEN, W4_BSR_MATMUL, W4_MATMUL, product_for
 from compress.kernels.runtime import CompressedModule, for_device, packed_parts
-from compress.kernels.tuning import Config, Gpu
+from compress.kernels.tuning import Config, Problem, rule_for_short_steps
 from compress.kernels.w4_bsr_matmul.layout import LAYOUTS, group_of, layout_for, pack, unpack
 from compress.kernels.w4_bsr_matmul.op import on_gpu, w4_bsr_matmul
 from compress.testing import assert_close
+from tests.kernels.gpus import GPUS
 
 Canonical = tuple[Tensor, Tensor, Tensor | None]
 
@@ -227,13 +228,6 @@ def test_export_load_run(tmp_path: Path) -> None:
 
 # -- on a GPU -------------------------------------------------------------------------------------
 
-GPUS = {
-    80: Gpu("A100", (8, 0), 108, 166912),
-    89: Gpu("RTX 4090", (8, 9), 128, 101376),
-    90: Gpu("H200", (9, 0), 132, 232448),
-    120: Gpu("RTX 5090", (12, 0), 170, 101376),
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -253,7 +247,8 @@ def test_machine_code(
     """Weights stay in registers; no load waits but the one index. Budgets hold for Triton 3.6 and 3.9."""
     triton = pytest.importorskip("compress.kernels.w4_bsr_matmul.triton", reason="triton is not installed")
     gpu = GPUS[capability]
-    config = Config(block_m, 64, 4, triton.stages_for(block_m, gpu), split)
+    problem = Problem(block_m, 4096, 4096, group, 128 // group, 32)
+    config = Config(block_m, 64, 4, rule_for_short_steps(problem, gpu, 2).stages, split)
     built = triton.compiled(capability, config, group, zero_points)
     assert built.spilled == 0 and built.shared <= gpu.shared // 2
     loop = built.loop()

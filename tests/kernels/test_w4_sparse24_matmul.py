@@ -257,6 +257,8 @@ def test_machine_code(capability: int, blocks: int, split: int, zero_points: boo
     assert sum(n for name, n in loop.items() if name.startswith("HMMA.SP")) == 8 * blocks
     assert built.spilled == 0 and not units & {"I2F", "I2FP", "STS", "STL", "LDL", "LDG"}, loop
     assert built.shared <= 101376
+    # places of rows of x and of y: hosts of plugins come with any number of them
+    assert all(f"arith.extsi %{width} : i32 to i64" in built.ttgir for width in "KN")
     assert sum(loop.values()) / 128 <= budget  # two tiles of 16 x 128 weights for 32 lanes
     for layout in built.layouts("elementwise_inline_asm"):
         assert (

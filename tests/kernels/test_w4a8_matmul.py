@@ -18,11 +18,12 @@ from compress.errors import MissingExtra, PassError
 from compress.kernels.fuse import fuse
 from compress.kernels.products import QUANTIZE_DYNAMIC, W4_MATMUL, W4A8_MATMUL, product_for
 from compress.kernels.runtime import CompressedModule, for_device, packed_parts
-from compress.kernels.tuning import Config, Gpu
+from compress.kernels.tuning import Config, Problem, rule_for_short_steps
 from compress.kernels.w4a8_matmul.layout import LAYOUTS, MOST_COLUMNS, group_of, pack, unpack
 from compress.kernels.w4a8_matmul.op import on_gpu, quantize_dynamic, w4a8_matmul
 from compress.passes.quantize_activations import QuantizeActivations
 from compress.testing import MODELS, assert_close, make
+from tests.kernels.gpus import GPUS
 
 Canonical = tuple[Tensor, Tensor, Tensor | None]
 
@@ -281,14 +282,6 @@ def test_assembly_splits_words(execute: Any) -> None:
             )
 
 
-GPUS = {
-    80: Gpu("A100", (8, 0), 108, 166912),
-    89: Gpu("RTX 4090", (8, 9), 128, 101376),
-    90: Gpu("H200", (9, 0), 132, 232448),
-    120: Gpu("RTX 5090", (12, 0), 170, 101376),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "block_m", "group", "whole", "split", "budget"),
@@ -310,7 +303,8 @@ def test_machine_code(
     """
     triton = pytest.importorskip("compress.kernels.w4a8_matmul.triton", reason="triton is not installed")
     gpu = GPUS[capability]
-    config = Config(block_m, 64, 4, triton.stages_for(block_m, gpu), split)
+    problem = Problem(block_m, 4096, 4096, group, 1, 32)
+    config = Config(block_m, 64, 4, rule_for_short_steps(problem, gpu, 1).stages, split)
     built = triton.compiled(capability, config, group, whole)
     assert built.spilled == 0 and built.shared <= gpu.shared // 2
     loop = built.loop()

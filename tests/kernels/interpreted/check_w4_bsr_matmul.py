@@ -71,7 +71,7 @@ def test_decoding(width: int, asymmetric: bool, layout: str) -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(8, dtype=torch.int32)
-    monkeypatch.setattr(kernels.COUNTERS, "take", lambda device, count: counters)
+    monkeypatch.setattr("compress.kernels.launching.COUNTERS.take", lambda device, count: counters)
     blocks, _ = weight(190, 500, 128, False, "bsr_kw2")
     x = torch.randn(3, 500).half()
     results = [kernels.launch(x, blocks, Config(16, 64, 4, 2, 2)) for _ in range(2)]

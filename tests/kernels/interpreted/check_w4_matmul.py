@@ -91,7 +91,7 @@ def test_decoding(layout: str, group_size: int, symmetric: bool) -> None:
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(8, dtype=torch.int32)
-    monkeypatch.setattr(kernels.COUNTERS, "take", lambda device, count: counters)
+    monkeypatch.setattr("compress.kernels.launching.COUNTERS.take", lambda device, count: counters)
     packed, values = weight(40, 512, 64, True, LAYOUTS[0], torch.bfloat16)
     x = torch.randn(3, 512).bfloat16()
     results = [kernels.launch(x, *packed, 2, Config(16, 64, 4, 2, 2)) for _ in range(2)]

@@ -40,7 +40,7 @@ def test_product(m: int, rows: int, columns: int, width: int, config: Config) ->
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = torch.zeros(8, dtype=torch.int32)
-    monkeypatch.setattr(kernels.COUNTERS, "take", lambda device, count: counters)
+    monkeypatch.setattr("compress.kernels.launching.COUNTERS.take", lambda device, count: counters)
     codes, scales, sums = pack(
         torch.full((64, 128), 0x91, dtype=torch.uint8), torch.ones(64, 1), None, 256, 256, "frag8"
     )
