@@ -61,10 +61,15 @@ def top1_agreement(reference: Tensor, value: Tensor) -> float:
 
 
 def relative_error(reference: Tensor, value: Tensor) -> float:
-    """``||r - v|| / ||r||``, a fraction; 0 for equal tensors."""
+    """``||r - v|| / ||r||``, a fraction; 0 for equal tensors.
+
+    NaN anywhere, or an infinity in only one of them, gives ``inf``: as NaN it would be lost in a maximum.
+    """
     r, v = _compared(reference, value)
-    norm = float(r.norm())
-    return float((r - v).norm()) / norm if norm > 0 else float((r - v).norm())
+    norm, difference = float(r.norm()), float((r - v).norm())
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / norm if norm > 0 else difference
 
 
 def magnitude(value: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ def test_equal_and_broken() -> None:
     x = torch.randn(4, 5)
     assert sqnr_db(x, x) == math.inf
     assert sqnr_db(x, x * math.nan) == -math.inf
+    assert relative_error(x, x) == 0.0
+    assert relative_error(x, x * math.nan) == relative_error(x, x / 0) == math.inf
     assert cosine(torch.zeros(2, 3), torch.zeros(2, 3)) == 1.0
 
 
