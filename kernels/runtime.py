@@ -141,7 +141,8 @@ def _products(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _product(node: fx.Node) -> Product:
-    return BY_OPERATOR[node.target]  # type: ignore[index]
+    operator: Any = node.target
+    return BY_OPERATOR[operator]
 
 
 def _weight_name(node: fx.Node) -> str:

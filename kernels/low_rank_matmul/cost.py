@@ -1,9 +1,9 @@
 """Where one launch for both factors is faster than two products, by a model: nothing here has been timed.
 
 In one launch every block of 128 outputs computes all that is between the factors by itself, so the first
-factor is read once for each block, from the L2 cache; in return a launch is saved. With 2.2 us for a launch,
-112 GB/s from L2 to one multiprocessor and 5.5 TB/s to all of them (an H200; 4.0 TB/s from memory), at one row
-of x:
+factor is read once for each block, from the L2 cache; in return a launch is saved. What is assumed of an H200,
+and has yet to be measured: 2.2 us for a launch, 112 GB/s from L2 to one multiprocessor (64 bytes per cycle at
+1.75 GHz), 5.5 TB/s to all of them, 4.0 TB/s from memory. With that, at one row of x:
 
 ===============  =======  ============  ===========
 outputs, inputs  rank     two products  one launch
@@ -40,10 +40,10 @@ BLOCK_N = 128
 """Outputs of one block."""
 
 LAUNCH = 2.2e-6
-"""Seconds that a launch more in a CUDA graph takes."""
+"""Seconds that a launch more in a CUDA graph takes; assumed."""
 
 ONE_READS, ALL_READ = 112e9, 5.5e12
-"""Bytes per second from the L2 cache to one multiprocessor, and to all."""
+"""Bytes per second from the L2 cache to one multiprocessor, and to all; assumed."""
 
 
 def pays(rows: int, outputs: int, columns: int, rank: int) -> bool:

@@ -3,8 +3,8 @@
 A head of V tokens, E entries and N columns reads ``2 E N`` bytes of codebooks, a byte or two per stage and
 token of codes, and writes its logits: for a vocabulary of 128,256, four codebooks of 256 entries and 4,096
 columns 9.5 MB at one row of x, where the dense head reads 1.05 GB. As the operators of the graph that takes
-thirteen launches, each of which costs about as much as 9 MB; here it takes two, and the exact logits of
-candidates two more:
+thirteen launches, each of which costs about as much as 9 MB by what is assumed of launches in
+`compress.kernels.low_rank_matmul.cost`; here it takes two, and the exact logits of candidates two more:
 
 1. products of all entries, by cuBLAS, as ``[E, M]`` in float32, so that the values of one entry for
    neighbouring rows of x lie side by side;

@@ -83,7 +83,7 @@ def packed(
 def launches(
     shapes: Sequence[Sequence[int]], dtype: torch.dtype, scales: torch.dtype, capability: int
 ) -> list[Launch]:
-    """Every launch that a weight can have, whether it fits or not: one for each of `CONFIGS`.
+    """Launches for a weight, one for each of `CONFIGS` whose blocks divide the rows; not all of them `fits`.
 
     Args:
         shapes: of x ``[..., K]``, codes, scales and zero points, as `packed` makes them.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compress
-from compress.encoding import IntEncoding, dequantize, encode
+from compress.encoding import EncodedWeight, IntEncoding, dequantize, encode
 from compress.errors import MissingExtra, PassError
 from compress.kernels.products import BREAK_EVEN, W4_BSR_MATMUL, W4_MATMUL, product_for
 from compress.kernels.runtime import CompressedModule, for_device, packed_parts
@@ -211,7 +211,8 @@ def test_which_weights_get_it(
     sparsity: float, dtype: torch.dtype, group: int, operator: object, said: str
 ) -> None:
     encoded = pruned(sparsity, dtype, group=group).graph.encodings["weight"]
-    product, reason = product_for(encoded)  # type: ignore[arg-type]
+    assert isinstance(encoded, EncodedWeight)
+    product, reason = product_for(encoded)
     assert product.operator is operator
     assert said in reason and bool(said) == bool(reason)
     assert BREAK_EVEN > 0.125

@@ -79,6 +79,7 @@ def test_device_layout_one_step_at_a_time(layout: str, group_size: int) -> None:
     group, step = step_of(width, columns)
     steps, out_rows, _ = device_scales.shape
     assert device_scales.shape[2] == step
+    assert zeros is not None
     assert out_rows == rows and words is not None and words.shape == (steps, rows)
     assert device_codes.shape[0] * 16 == 64
     assert device_codes.shape[1] * 64 == steps * step * group >= columns
@@ -91,7 +92,7 @@ def test_device_layout_one_step_at_a_time(layout: str, group_size: int) -> None:
                     continue
                 source = column // width
                 assert device_scales[i, n, b] == scales[n, source]
-                nibble = (int(zeros[n, source // 2]) >> (4 * (source % 2))) & 15  # type: ignore[index]
+                nibble = (int(zeros[n, source // 2]) >> (4 * (source % 2))) & 15
                 assert (int(words[i, n]) >> (8 * b)) & 255 == nibble
 
 
