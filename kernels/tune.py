@@ -211,7 +211,7 @@ def _best_of_blocks(
     for _ in range(copies(rows * columns // 4, device)):
         _, (codes, rowptr, colidx, scales, zeros) = random_blocks(rows, columns, group_size, layout, device)
         assert rowptr is not None and colidx is not None
-        weights.append(Blocks(codes, rowptr, colidx, scales, zeros, bsr.kwidth_of(layout)))
+        weights.append(Blocks(codes, rowptr, colidx, scales, zeros, kwidth_of(layout)))
     x = torch.randn(m, columns, device=device, dtype=torch.bfloat16)
     problem = problem_of(m, columns, weights[0])
     configs = [Config(m, 64, 4, stages, split) for stages in (3, 4, 6) for split in (1, 2, 4, 8)]

@@ -181,7 +181,7 @@ def _blocks_right() -> Iterator[Measurement]:
             values = _values(canonical, group_size, columns).double()
             codes, rowptr, colidx, scales, words = packed
             assert rowptr is not None and colidx is not None
-            blocks = triton.Blocks(codes, rowptr, colidx, scales, words, bsr.kwidth_of(layout))
+            blocks = triton.Blocks(codes, rowptr, colidx, scales, words, kwidth_of(layout))
             for m, split in itertools.islice(launches, 2):
                 x = torch.randn(m, columns, device=DEVICE, dtype=dtype)
                 config = Config(next(b for b in BLOCK_M if m <= b), 64, 4, 3, split)

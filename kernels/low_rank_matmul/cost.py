@@ -1,8 +1,8 @@
 """Where one launch for both factors is faster than two products, by a model: nothing here has been timed.
 
 In one launch every block of 128 outputs computes all that is between the factors by itself, so the first
-factor is read once for each block, from the L2 cache; in return a launch is saved. What is assumed of an H200,
-and has yet to be measured: 2.2 us for a launch, 112 GB/s from L2 to one multiprocessor (64 bytes per cycle at
+factor is read once for each block, from the L2 cache; in return a launch is saved. Assumed of an H200, and
+yet to be measured: 2.2 us for a launch, 112 GB/s from L2 to one multiprocessor (64 bytes per cycle at
 1.75 GHz), 5.5 TB/s to all of them, 4.0 TB/s from memory. With that, at one row of x:
 
 ===============  =======  ============  ===========

@@ -25,7 +25,14 @@ from compress.encoding import pack as pack_bits
 from compress.encoding import unpack as unpack_bits
 from compress.errors import PassError
 from compress.kernels.layouts import pack_frag16, unpack_frag16
-from compress.kernels.w4_matmul.layout import pack_scales, unpack_scales
+from compress.kernels.operands import check_layout
+from compress.kernels.w4_matmul.layout import (
+    kwidth_for,
+    kwidth_of,
+    pack_scales,
+    unpack_scales,
+    zero_points_of,
+)
 
 LAYOUTS = ("canonical", "bsr_kw2", "bsr_kw4")
 ROWS, COLUMNS = 64, 128
@@ -43,7 +50,7 @@ def layout_for(capability: tuple[int, int]) -> str:
     >>> layout_for((9, 0)), layout_for((12, 0))
     ('bsr_kw2', 'bsr_kw4')
     """
-    return "bsr_kw2" if capability == (9, 0) else "bsr_kw4"
+    return f"bsr_kw{kwidth_for(capability)}"
 
 
 def group_of(group_size: int, columns: int) -> int:
@@ -70,7 +77,7 @@ def pack(
     Raises:
         PassError: there is no such layout, it does not take groups of this size, or scales are not float32.
     """
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, None, None, scales, zero_points
     group = group_of(group_size, columns)
     if not group or scales.dtype != torch.float32:
@@ -103,7 +110,7 @@ def unpack(
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `pack`: canonical codes, scales and zero points."""
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, zero_points
     assert rowptr is not None and colidx is not None
     steps, rows, step = scales.shape
@@ -117,22 +124,6 @@ def unpack(
     return pack_bits(dense[:rows, :columns], 4), *canonical
 
 
-def kwidth_of(layout: str) -> int:
-    """2 or 4: what the name of a device layout ends in."""
-    return int(layout[-1])
-
-
-def check_layout(layout: str) -> str:
-    """The layout.
-
-    Raises:
-        PassError: there is none of this name.
-    """
-    if layout not in LAYOUTS:
-        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
-    return layout
-
-
 def _blocks(matrix: Tensor) -> Tensor:
     """A view ``[N/64, K/128, 64, 128]`` of ``[N, K]``."""
     rows, columns = matrix.shape
@@ -143,7 +134,5 @@ def _zeros(words: Tensor | None, rows: int, steps: int, group: int, device: torc
     """The code that means zero, for every element of the padded weight: uint8 ``[N, K]``."""
     zeros = torch.full((rows + -rows % ROWS, steps * COLUMNS), 8, dtype=torch.uint8, device=device)
     if words is not None:
-        shifts = 8 * torch.arange(COLUMNS // group, dtype=torch.int32, device=device)
-        points = ((words.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8).flatten(1)
-        zeros[:rows] = points.repeat_interleave(group, 1)
+        zeros[:rows] = zero_points_of(words, COLUMNS // group).repeat_interleave(group, 1)
     return zeros

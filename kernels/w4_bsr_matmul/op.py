@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from compress.errors import MissingExtra, PassError
+from compress.kernels.operands import check_columns, check_layout, require_triton
 from compress.kernels.w4_bsr_matmul import reference
-from compress.kernels.w4_bsr_matmul.layout import check_layout, kwidth_of
+from compress.kernels.w4_bsr_matmul.layout import LAYOUTS
+from compress.kernels.w4_matmul.layout import kwidth_of
 
 
 @torch.library.custom_op("compress::w4_bsr_matmul", mutates_args=())
@@ -74,13 +73,10 @@ def on_gpu(
 ) -> Tensor:
     """The same, on a GPU: device layouts by Triton, all else by decoding the whole weight."""
     _check(x, columns, layout)
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if rowptr is None or colidx is None or not half:
-        return reference.w4_bsr_matmul(
-            x, codes, rowptr, colidx, scales, zero_points, group_size, columns, layout
-        )
-    if importlib.util.find_spec("triton") is None:
-        raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
+    if rowptr is None or colidx is None or x.dtype not in (torch.bfloat16, torch.float16):
+        arguments = (codes, rowptr, colidx, scales, zero_points, group_size, columns, layout)
+        return torch.nn.functional.linear(x, reference.decoded(*arguments).to(x.dtype))
+    require_triton()
     from compress.kernels.w4_bsr_matmul import triton
 
     with torch.cuda.device(x.device):
@@ -89,6 +85,5 @@ def on_gpu(
 
 
 def _check(x: Tensor, columns: int, layout: str) -> None:
-    check_layout(layout)
-    if x.shape[-1] != columns:
-        raise PassError(f"x has {x.shape[-1]} columns, the weight has {columns}", expected="as many")
+    check_layout(layout, LAYOUTS)
+    check_columns(x, columns)

@@ -13,6 +13,7 @@ from compress.kernels.inspection import Compiled, compile_for
 from compress.kernels.launching import for_parts
 from compress.kernels.tiles import scale_value, whole_sum
 from compress.kernels.tuning import Config, Gpu, Problem, gpu_of, measured, rule_for_short_steps
+from compress.kernels.w4_matmul.layout import kwidth_for
 from compress.kernels.w4_matmul.triton import INTERPRETED, prescaled, weight_tile
 
 CROSS_OVER = 128
@@ -238,7 +239,7 @@ def compiled(capability: int, config: Config, group: int, zero_points: bool) -> 
         "M": "i32", "N": "i32", "K": "i32",
     }  # fmt: skip
     constants = {
-        "G": group, "BM": config.block_m, "KW": 2 if capability == 90 else 4, "SPLIT": config.split_k,
+        "G": group, "BM": config.block_m, "KW": kwidth_for(divmod(capability, 10)), "SPLIT": config.split_k,
         "STAGES": config.stages, "PRE": prescaled(group, config.block_m), "ASYM": zero_points, "ASM": True,
         "F32": False,
     }  # fmt: skip

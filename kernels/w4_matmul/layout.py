@@ -23,6 +23,7 @@ from compress.encoding import pack as pack_bits
 from compress.encoding import unpack as unpack_bits
 from compress.errors import PassError
 from compress.kernels.layouts import pack_frag16, unpack_frag16
+from compress.kernels.operands import check_layout
 
 LAYOUTS = ("canonical", "frag16_kw2", "frag16_kw4")
 GROUPS = (128, 64, 32, 16)
@@ -44,7 +45,7 @@ def layout_for(capability: tuple[int, int]) -> str:
     >>> layout_for((9, 0)), layout_for((8, 9))
     ('frag16_kw2', 'frag16_kw4')
     """
-    return "frag16_kw2" if capability == (9, 0) else "frag16_kw4"
+    return f"frag16_kw{kwidth_for(capability)}"
 
 
 def step_of(group_size: int, columns: int, longest: int = STEP) -> tuple[int, int]:
@@ -100,7 +101,7 @@ def pack(
     Raises:
         PassError: there is no such layout, or it does not take groups of this size.
     """
-    if layout == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, zero_points
     kwidth = kwidth_of(layout)
     group, step = step_of(group_size, columns, longest)
@@ -114,7 +115,7 @@ def unpack(
     codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int, columns: int, layout: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `pack`: a weight in any layout as canonical codes, scales and zero points."""
-    if layout == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, zero_points
     steps, rows, step = scales.shape
     group = codes.shape[1] * 64 // (steps * step)
@@ -154,17 +155,20 @@ def unpack_scales(
     spread = scales.transpose(0, 1).reshape(rows, steps * step)[:, first]
     if zero_points is None:
         return spread, None
-    shifts = 8 * torch.arange(step, dtype=torch.int32, device=scales.device)
-    points = ((zero_points.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8)
-    return spread, pack_bits(points.reshape(rows, steps * step)[:, first], 4)
+    return spread, pack_bits(zero_points_of(zero_points, step)[:, first], 4)
+
+
+def zero_points_of(words: Tensor, step: int) -> Tensor:
+    """The zero points in words int32 ``[steps, N]``, `step` bytes in each: uint8 ``[N, steps * step]``."""
+    shifts = 8 * torch.arange(step, dtype=torch.int32, device=words.device)
+    return ((words.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8).flatten(1)
 
 
 def kwidth_of(layout: str) -> int:
-    """2 or 4: what the name of a device layout ends in.
-
-    Raises:
-        PassError: there is no such layout.
-    """
-    if layout not in LAYOUTS[1:]:
-        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
+    """2 or 4: what the name of a device layout ends in."""
     return int(layout[-1])
+
+
+def kwidth_for(capability: tuple[int, int]) -> int:
+    """That of the layout for a GPU, by its compute capability."""
+    return 2 if capability == (9, 0) else 4

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from compress.encoding import dequantize
-from compress.errors import MissingExtra, PassError
+from compress.kernels.operands import check_columns, check_layout, require_triton
 from compress.kernels.w4_matmul import reference
 from compress.kernels.w4_matmul.layout import LAYOUTS, kwidth_of
 
@@ -67,15 +64,12 @@ def on_gpu(
     columns: int,
     layout: str,
 ) -> Tensor:
-    """The same, on a GPU: device layouts by Triton, the canonical one by decoding the whole weight."""
+    """The same, on a GPU: device layouts in 16 bits by Triton, all else by decoding the weight."""
     _check(x, columns, layout)
-    if layout == "canonical":
-        weight = dequantize(codes, scales.float(), zero_points, 4, group_size, [scales.shape[0], columns])
+    if layout == "canonical" or x.dtype not in (torch.bfloat16, torch.float16):
+        weight = reference.decoded(codes, scales, zero_points, group_size, columns, layout)
         return torch.nn.functional.linear(x, weight.to(x.dtype))
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return reference.w4_matmul(x, codes, scales, zero_points, group_size, columns, layout)
-    if importlib.util.find_spec("triton") is None:
-        raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
+    require_triton()
     from compress.kernels.w4_matmul import triton
 
     with torch.cuda.device(x.device):
@@ -83,7 +77,5 @@ def on_gpu(
 
 
 def _check(x: Tensor, columns: int, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
-    if x.shape[-1] != columns:
-        raise PassError(f"x has {x.shape[-1]} columns, the weight has {columns}", expected="as many")
+    check_layout(layout, LAYOUTS)
+    check_columns(x, columns)

@@ -13,6 +13,7 @@ from compress.kernels.inspection import Compiled, compile_for
 from compress.kernels.launching import for_parts
 from compress.kernels.tiles import addends, decode, scale_pairs, scale_value, whole_sum, zero_pairs
 from compress.kernels.tuning import Config, Problem, choose, gpu_of
+from compress.kernels.w4_matmul.layout import kwidth_for
 
 CROSS_OVER = 128
 """Rows of `x` from which on the weight is decoded once and multiplied by torch: the product is then bound by
@@ -284,7 +285,7 @@ def compiled(capability: int, config: Config, group: int, step: int, zero_points
         "x_ptr": "*bf16", "q_ptr": "*i32", "s_ptr": "*i32", "z_ptr": "*i32", "part_ptr": "*fp32",
         "count_ptr": "*i32", "y_ptr": "*bf16", "M": "i32", "N": "i32", "K": "i32", "STEPS": "i32",
     }  # fmt: skip
-    kwidth = 2 if capability == 90 else 4
+    kwidth = kwidth_for(divmod(capability, 10))
     fixed = constants(config, group, step, kwidth, torch.bfloat16, zero_points, group * step, 1, False)
     aligned = [n for n in types if n not in ("M", "STEPS")]
     return compile_for(matmul_kernel, types, fixed, aligned, capability, config.warps, config.stages)

@@ -25,7 +25,8 @@ from torch import Tensor
 from compress.encoding import pack as pack_bits
 from compress.encoding import unpack as unpack_bits
 from compress.errors import PassError
-from compress.kernels.w4_matmul.layout import pack_scales, unpack_scales
+from compress.kernels.operands import check_layout
+from compress.kernels.w4_matmul.layout import pack_scales, unpack_scales, zero_points_of
 
 LAYOUTS = ("canonical", "sp24")
 ROWS = 128
@@ -56,7 +57,7 @@ def pack(
     Raises:
         PassError: more than two of four weights are not zero, or groups of this size do not fit.
     """
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, None, scales, zero_points
     if group_size % GROUP and group_size < columns:
         raise PassError(
@@ -97,7 +98,7 @@ def unpack(
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `pack`: canonical codes, scales and zero points."""
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, zero_points
     assert metadata is not None
     steps, rows, _ = scales.shape
@@ -108,23 +109,11 @@ def unpack(
     return pack_bits(dense[:, :columns], 4), *unpack_scales(scales, zero_points, group_size, GROUP, columns)
 
 
-def check_layout(layout: str) -> str:
-    """The layout.
-
-    Raises:
-        PassError: there is none of this name.
-    """
-    if layout not in LAYOUTS:
-        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
-    return layout
-
-
 def _zeros(words: Tensor | None, rows: int, steps: int, device: torch.device) -> Tensor:
     """Zero points one by one: uint8 ``[N, 4 * steps]``."""
     if words is None:
         return torch.full((rows, 4 * steps), 8, dtype=torch.uint8, device=device)
-    shifts = 8 * torch.arange(4, dtype=torch.int32, device=device)
-    return ((words.t().unsqueeze(-1) >> shifts) & 255).to(torch.uint8).flatten(1)
+    return zero_points_of(words, 4)
 
 
 def _code_tiles(kept: Tensor) -> Tensor:

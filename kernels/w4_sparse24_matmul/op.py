@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import warnings
 
 import torch
 from torch import Tensor
 
-from compress.errors import MissingExtra, PassError
+from compress.kernels.operands import check_columns, check_layout, require_triton
 from compress.kernels.w4_sparse24_matmul import reference
-from compress.kernels.w4_sparse24_matmul.layout import check_layout, pack
+from compress.kernels.w4_sparse24_matmul.layout import LAYOUTS, pack
 
 
 @torch.library.custom_op("compress::w4_sparse24_matmul", mutates_args=())
@@ -74,8 +73,7 @@ def on_gpu(
     """The same, on a GPU: ``sp24`` by the sparse instruction for few rows of x, decoded for more."""
     _check(x, columns, layout)
     if metadata is not None and x.dtype in (torch.bfloat16, torch.float16):
-        if importlib.util.find_spec("triton") is None:
-            raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
+        require_triton()
         from compress.kernels.tuning import gpu_of
         from compress.kernels.w4_sparse24_matmul import triton
 
@@ -135,6 +133,5 @@ def _try(index: int, dtype: torch.dtype) -> bool:
 
 
 def _check(x: Tensor, columns: int, layout: str) -> None:
-    check_layout(layout)
-    if x.shape[-1] != columns:
-        raise PassError(f"x has {x.shape[-1]} columns, the weight has {columns}", expected="as many")
+    check_layout(layout, LAYOUTS)
+    check_columns(x, columns)

@@ -21,6 +21,7 @@ from compress.encoding import pack as pack_bits
 from compress.encoding import unpack as unpack_bits
 from compress.errors import PassError
 from compress.kernels.layouts import pack_frag8, unpack_frag8
+from compress.kernels.operands import check_layout
 from compress.kernels.w4_matmul.layout import pack_scales, unpack_scales
 
 LAYOUTS = ("canonical", "frag8")
@@ -60,7 +61,7 @@ def pack(
     Raises:
         PassError: there is no such layout, groups of this size do not fit, or there are zero points.
     """
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, None
     group = group_of(group_size, columns)
     if not group or zero_points is not None or scales.dtype != torch.float32:
@@ -82,20 +83,9 @@ def unpack(
     codes: Tensor, scales: Tensor, sums: Tensor | None, group_size: int, columns: int, layout: str
 ) -> tuple[Tensor, Tensor, None]:
     """The inverse of `pack`: canonical codes and scales, and None."""
-    if check_layout(layout) == "canonical":
+    if check_layout(layout, LAYOUTS) == "canonical":
         return codes, scales, None
     groups, rows = scales.shape
     group = codes.shape[1] * 64 // groups
     canonical, _ = unpack_scales(scales.unsqueeze(-1), None, group_size, group, columns)
     return pack_bits(unpack_frag8(codes)[:rows, :columns], 4), canonical, None
-
-
-def check_layout(layout: str) -> str:
-    """The layout.
-
-    Raises:
-        PassError: there is none of this name.
-    """
-    if layout not in LAYOUTS:
-        raise PassError(f"there is no layout {layout!r}", expected=" or ".join(LAYOUTS))
-    return layout

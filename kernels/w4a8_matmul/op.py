@@ -7,15 +7,14 @@ The products of codes and their sums are exact integers; scales and zero points 
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from compress.activations import LEVELS
-from compress.errors import MissingExtra, PassError
+from compress.errors import PassError
+from compress.kernels.operands import check_layout, require_triton
 from compress.kernels.w4a8_matmul import reference
-from compress.kernels.w4a8_matmul.layout import check_layout
+from compress.kernels.w4a8_matmul.layout import LAYOUTS
 
 _MIDDLE = LEVELS // 2
 """int8 codes are uint8 codes less this."""
@@ -120,8 +119,7 @@ def on_gpu(
         return reference.w4a8_matmul(
             x, x_scales, x_zero_points, codes, scales, sums, group_size, columns, layout
         )
-    if importlib.util.find_spec("triton") is None:
-        raise MissingExtra("triton", "triton", "to run 4-bit products on a GPU")
+    require_triton()
     from compress.kernels.w4a8_matmul import triton
 
     with torch.cuda.device(x.device):
@@ -129,7 +127,7 @@ def on_gpu(
 
 
 def _check(x: Tensor, columns: int, layout: str) -> None:
-    check_layout(layout)
+    check_layout(layout, LAYOUTS)
     if x.dtype != torch.int8 or x.shape[-1] != columns:
         raise PassError(
             f"x has {x.shape[-1]} columns in {x.dtype}, the weight has {columns}",

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 import compress
 from compress.encoding import EncodedWeight, IntEncoding, dequantize, encode
-from compress.errors import MissingExtra, PassError
+from compress.errors import PassError
 from compress.kernels.products import BREAK_EVEN, W4_BSR_MATMUL, W4_MATMUL, product_for
 from compress.kernels.runtime import CompressedModule, for_device, packed_parts
 from compress.kernels.tuning import Config, Problem, rule_for_short_steps
 from compress.kernels.w4_bsr_matmul.layout import LAYOUTS, group_of, layout_for, pack, unpack
-from compress.kernels.w4_bsr_matmul.op import on_gpu, w4_bsr_matmul
 from compress.testing import assert_close
 from tests.kernels.gpus import GPUS
 
@@ -98,62 +97,6 @@ def test_what_does_not_fit_is_said() -> None:
         pack(canonical[0], canonical[1].bfloat16(), None, width, 128, "bsr_kw2")
     assert [group_of(g, 512) for g in (16, 32, 96, 64, 256, 512, 600)] == [0, 32, 32, 64, 128, 128, 128]
     assert {layout_for(c) for c in ((8, 0), (8, 9), (10, 0), (12, 0))} == {"bsr_kw4"}
-
-
-@settings(max_examples=30)
-@given(
-    batch=st.lists(st.integers(0, 3), max_size=2),
-    size=sizes,
-    group_size=group_sizes,
-    symmetric=st.booleans(),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_operator_equals_float64(
-    batch: list[int],
-    size: tuple[int, int],
-    group_size: int,
-    symmetric: bool,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    canonical, width, values = weight(*size, group_size, symmetric)
-    packed = pack(*canonical, width, size[1], layout)
-    x = torch.randn(*batch, size[1]).to(dtype)
-    y = w4_bsr_matmul(x, *packed, width, size[1], layout)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, (x.double() @ values.T).to(dtype), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_operator_passes_torch_opcheck(layout: str, symmetric: bool) -> None:
-    canonical, width, _ = weight(100, 200, 32, symmetric)
-    packed = pack(*canonical, width, 200, layout)
-    torch.library.opcheck(w4_bsr_matmul, (torch.randn(2, 3, 200), *packed, width, 200, layout))
-
-
-def test_wrong_columns_are_said() -> None:
-    canonical, width, _ = weight(4, 32, 32, symmetric=True)
-    with pytest.raises(PassError, match="x has 31 columns"):
-        w4_bsr_matmul(torch.randn(2, 31), *pack(*canonical, width, 32, "canonical"), width, 32, "canonical")
-
-
-def test_on_a_gpu_what_is_not_for_the_kernel_is_decoded() -> None:
-    canonical, width, values = weight(20, 96, 32, symmetric=False)
-    x = torch.randn(3, 96)
-    for layout in LAYOUTS:
-        y = on_gpu(x, *pack(*canonical, width, 96, layout), width, 96, layout)
-        torch.testing.assert_close(y.double(), x.double() @ values.T, rtol=1e-5, atol=1e-5)
-
-
-def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    canonical, width, _ = weight(4, 64, 32, symmetric=True)
-    packed = pack(*canonical, width, 64, "bsr_kw2")
-    with pytest.raises(MissingExtra, match=r"pip install 'compress-models\[triton\]'"):
-        on_gpu(torch.randn(2, 64).bfloat16(), *packed, width, 64, "bsr_kw2")
 
 
 # -- in models ------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.encoding import IntEncoding, encode
-from compress.errors import MissingExtra, PassError
+from compress.errors import PassError
 from compress.kernels.w4_matmul.layout import LAYOUTS, layout_for, pack, step_of, unpack
-from compress.kernels.w4_matmul.op import on_gpu, w4_matmul
+from compress.kernels.w4_matmul.op import w4_matmul
 
 DEVICE = LAYOUTS[1:]
 
@@ -134,43 +134,6 @@ def test_what_does_not_fit_is_said() -> None:
         pack(codes, torch.ones(16, 6), None, 24, 128, "frag16_kw2")
 
 
-@settings(max_examples=30)
-@given(
-    batch=st.lists(st.integers(0, 3), max_size=2),
-    rows=st.integers(1, 70),
-    columns=st.integers(1, 150),
-    group_size=st.sampled_from([-1, 16, 32, 64]),
-    symmetric=st.booleans(),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
-def test_operator_equals_float64(
-    batch: list[int],
-    rows: int,
-    columns: int,
-    group_size: int,
-    symmetric: bool,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    canonical, width, values = weight(rows, columns, group_size, symmetric)
-    packed = pack(*canonical, width, columns, layout)
-    x = torch.randn(*batch, columns).to(dtype)
-    y = w4_matmul(x, *packed, width, columns, layout)
-    assert y.dtype == dtype and y.shape == (*batch, rows)
-    exact = (x.double() @ values.T).to(dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(y, exact, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_operator_passes_torch_opcheck(layout: str, symmetric: bool) -> None:
-    canonical, width, _ = weight(20, 96, 32, symmetric)
-    packed = pack(*canonical, width, 96, layout)
-    torch.library.opcheck(w4_matmul, (torch.randn(2, 3, 96), *packed, width, 96, layout))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operator_exports_with_a_dynamic_batch(layout: str) -> None:
     class Linear(torch.nn.Module):
@@ -191,28 +154,3 @@ def test_operator_exports_with_a_dynamic_batch(layout: str) -> None:
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["compress.w4_matmul.default"]
     assert torch.equal(program.module()(x), module(x))
-
-
-def test_wrong_columns_are_said() -> None:
-    canonical, width, _ = weight(4, 32, 16, symmetric=True)
-    with pytest.raises(PassError, match="x has 31 columns"):
-        w4_matmul(torch.randn(2, 31), *canonical, width, 32, "canonical")
-
-
-def test_on_a_gpu_what_is_not_for_the_kernel_is_decoded() -> None:
-    """The canonical layout, and x in float32: no kernel of ours, and so to be tried here."""
-    canonical, width, values = weight(20, 96, 32, symmetric=False)
-    packed = pack(*canonical, width, 96, "frag16_kw2")
-    x = torch.randn(3, 96)
-    for arguments in ((*canonical, width, 96, "canonical"), (*packed, width, 96, "frag16_kw2")):
-        torch.testing.assert_close(
-            on_gpu(x, *arguments).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
-        )
-
-
-def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    canonical, width, _ = weight(4, 64, 32, symmetric=True)
-    packed = pack(*canonical, width, 64, "frag16_kw2")
-    with pytest.raises(MissingExtra, match=r"pip install 'compress-models\[triton\]'"):
-        on_gpu(torch.randn(2, 64).bfloat16(), *packed, width, 64, "frag16_kw2")

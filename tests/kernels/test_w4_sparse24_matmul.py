@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.encoding import IntEncoding, dequantize, encode
-from compress.errors import MissingExtra, PassError
+from compress.errors import PassError
 from compress.kernels.w4_sparse24_matmul import op
 from compress.kernels.w4_sparse24_matmul.layout import LAYOUTS, pack, unpack
-from compress.kernels.w4_sparse24_matmul.op import on_gpu, w4_sparse24_matmul
 
 Canonical = tuple[Tensor, Tensor, Tensor | None]
 
@@ -99,57 +98,7 @@ def test_what_is_not_sparse_is_said() -> None:
         pack(codes, torch.ones(2, 1), None, 16, 16, "sp")
 
 
-@settings(max_examples=30)
-@given(
-    batch=st.lists(st.integers(0, 3), max_size=2),
-    size=sizes,
-    group_size=st.sampled_from([-1, 32, 64]),
-    symmetric=st.booleans(),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_operator_equals_float64(
-    batch: list[int],
-    size: tuple[int, int],
-    group_size: int,
-    symmetric: bool,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    canonical, width, values = weight(*size, group_size, symmetric)
-    packed = pack(*canonical, width, size[1], layout)
-    x = torch.randn(*batch, size[1]).to(dtype)
-    y = w4_sparse24_matmul(x, *packed, width, size[1], layout)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, (x.double() @ values.T).to(dtype), rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_operator_passes_torch_opcheck(layout: str, symmetric: bool) -> None:
-    canonical, width, _ = weight(20, 96, 32, symmetric)
-    packed = pack(*canonical, width, 96, layout)
-    torch.library.opcheck(w4_sparse24_matmul, (torch.randn(2, 3, 96), *packed, width, 96, layout))
-
-
 # -- on a GPU -------------------------------------------------------------------------------------
-
-
-def test_what_is_not_for_the_kernel_is_decoded() -> None:
-    canonical, width, values = weight(20, 96, 32, symmetric=False)
-    x = torch.randn(3, 96)
-    for layout in LAYOUTS:
-        y = on_gpu(x, *pack(*canonical, width, 96, layout), width, 96, layout)
-        torch.testing.assert_close(y.double(), x.double() @ values.T, rtol=1e-5, atol=1e-5)
-
-
-def test_a_gpu_without_triton_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    canonical, width, _ = weight(4, 64, 32, symmetric=True)
-    packed = pack(*canonical, width, 64, "sp24")
-    with pytest.raises(MissingExtra, match=r"pip install 'compress-models\[triton\]'"):
-        on_gpu(torch.randn(2, 64).bfloat16(), *packed, width, 64, "sp24")
 
 
 @pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.1, False)])

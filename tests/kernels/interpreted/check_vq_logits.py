@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.kernels.vq_logits import plugin
 from compress.kernels.vq_logits import triton as kernels
+from compress.numerics import relative_error
 
 
 def head(
@@ -32,10 +33,6 @@ def coarse(x: Tensor, codebook: Tensor, codes: Tensor, sizes: list[int], token_b
         row = sum((books[s][int(codes[s, v])] for s in range(len(sizes))), torch.zeros(1).double())
         rows.append(x.double() @ row + (0 if token_bias is None else float(token_bias[v])))
     return torch.stack(rows, 1)
-
-
-def error(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(
@@ -62,10 +59,10 @@ def test_codes(
     y = torch.full((m, tokens), float("nan"))
     given = bias if biased else None
     kernels.launch(x, codebook, maps, sizes, given, None, None, 0, out=y)
-    assert error(y, coarse(x, codebook, maps, sizes, given)) < 1e-6
+    assert relative_error(coarse(x, codebook, maps, sizes, given), y) < 1e-6
     rounded = kernels.vq_logits(x, codebook, maps, sizes, given, None, None, 0)
     assert rounded.dtype == dtype
-    assert error(rounded, y.double()) < (1e-7 if dtype == torch.float32 else 6e-3)
+    assert relative_error(y, rounded) < (1e-7 if dtype == torch.float32 else 6e-3)
 
 
 @pytest.mark.parametrize(("sizes", "codes"), [([8, 6, 6], torch.uint8), ([300, 8], torch.int16)])
@@ -112,7 +109,9 @@ def test_candidates(m: int, tokens: int, candidates: int, dtype: torch.dtype, bi
     for row in range(m):
         changed = y[row] != rough[row]
         assert int(changed.sum()) == candidates
-        assert error(y[row, changed], exact[row, changed]) < (1e-6 if dtype == torch.float32 else 6e-3)
+        assert relative_error(exact[row, changed], y[row, changed]) < (
+            1e-6 if dtype == torch.float32 else 6e-3
+        )
         if candidates < tokens:
             assert rough[row, changed].min() >= rough[row, ~changed].max()
 

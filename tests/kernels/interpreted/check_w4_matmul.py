@@ -14,6 +14,7 @@ from compress.kernels.tuning import Config
 from compress.kernels.w4_matmul import plugin
 from compress.kernels.w4_matmul import triton as kernels
 from compress.kernels.w4_matmul.layout import kwidth_of, pack, step_of, unpack
+from compress.numerics import relative_error
 
 LAYOUTS = ("frag16_kw2", "frag16_kw4")
 
@@ -35,10 +36,6 @@ def weight(
     arguments = (encoded.codes, stored.float(), encoded.zero_points, 4, width, [rows, columns])
     packed = pack(encoded.codes, stored, encoded.zero_points, width, columns, layout)
     return packed, dequantize(*arguments).double()
-
-
-def error(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,7 @@ def test_product(
     # scales that go on the weights are rounded to the dtype of x first
     group, _ = step_of(columns if group_size == -1 else group_size, columns)
     narrowed = kernels.prescaled(group, config.block_m) and scales != dtype
-    assert error(y, x.double() @ values.T) < (5e-3 if narrowed else 1e-6)
+    assert relative_error(x.double() @ values.T, y) < (5e-3 if narrowed else 1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,7 +93,7 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 512).bfloat16()
     results = [kernels.launch(x, *packed, 2, Config(16, 64, 4, 2, 2)) for _ in range(2)]
     assert torch.equal(*results) and not counters.any()
-    assert error(results[0], x.double() @ values.T) < 6e-3  # the interpreter cuts bfloat16 off
+    assert relative_error(x.double() @ values.T, results[0]) < 6e-3  # the interpreter cuts bfloat16 off
 
 
 def test_arguments_in_the_order_of_a_plugin() -> None:
@@ -115,4 +112,4 @@ def test_arguments_in_the_order_of_a_plugin() -> None:
     y = torch.full((m, rows), float("nan"))
     given = (x, packed[0], packed[1].view(torch.int32), packed[2], m, rows, columns, steps, y)
     plugin.plugin_kernel[(-(-rows // config.block_n), -(-m // config.block_m))](*given, **fixed)
-    assert error(y, x.double() @ values.T) < 1e-6
+    assert relative_error(x.double() @ values.T, y) < 1e-6
