@@ -97,7 +97,7 @@ def _heads_fast(quick: bool) -> Iterator[Measurement]:
     ):
         x = torch.randn(m, columns, device=DEVICE, dtype=torch.bfloat16)
         dense = [_dense(tokens, columns, torch.bfloat16) for _ in range(copies(2 * tokens * columns, DEVICE))]
-        # other codes have other candidates, so of a dense head others rows are read each time
+        # with other codes there are other candidates: other rows of a dense head are read each time
         coded = [
             _codes(tokens, columns, [256] * 4, torch.bfloat16)
             for _ in range(copies(2 * 4 * 256 * columns + 4 * tokens, DEVICE))

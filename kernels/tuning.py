@@ -95,9 +95,9 @@ def rule(problem: Problem, gpu: Gpu) -> Config:
 
 
 def rule_for_short_steps(problem: Problem, gpu: Gpu, nbytes: int) -> Config:
-    """The same for kernels that take 128 columns in a step: more steps under way, and four to a program.
+    """Likewise for kernels with steps of 128 columns: each program that shares K has four of them or more.
 
-    As many as half the shared memory holds, at least three and at most six.
+    Steps under way are as many as half the shared memory holds, but at least three and at most six.
 
     Args:
         nbytes: of an element of x.
@@ -119,7 +119,7 @@ def choose(operator: str, problem: Problem, gpu: Gpu) -> Config:
 def measured(operator: str, problem: Problem, gpu: Gpu) -> Config | None:
     """The launch measured for the nearest shape, if less than twice or half as large.
 
-    For more rows of x than were measured K is shared by fewer programs: there are more blocks of rows.
+    Where there are more rows of x than in a block, fewer programs share K: as many in all as were measured.
     """
     size = math.log2(problem.rows * problem.columns)
     near = [
