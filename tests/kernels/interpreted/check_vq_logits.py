@@ -82,8 +82,8 @@ def test_arguments_in_the_order_of_a_plugin(sizes: list[int], codes: torch.dtype
         plugin.plugin_kernel[(-(-tokens // block), -(-m // rows))](*given, STARTS=starts, **fixed)
         picked = [p[c.long()] for p, c in zip(products.double().split(sizes), maps, strict=True)]
         exact = torch.stack(picked).sum(0).T + bias.double()
-        assert error(y, exact) < 4e-4, "one rounding to float16"
-        assert error(y, coarse(x, codebook, maps, sizes, bias)) < 2e-3
+        assert relative_error(exact, y) < 4e-4, "one rounding to float16"
+        assert relative_error(coarse(x, codebook, maps, sizes, bias), y) < 2e-3
 
 
 @pytest.mark.parametrize(
