@@ -28,7 +28,8 @@ _ENDS = ("embed_tokens", "lm_head")
 
 
 def run(setup: Setup) -> list[Measurement]:
-    """When quick: the first block of the model, few short windows, a handful of steps, 8-bit cores alone."""
+    """When quick: the first block of the model, few short windows, a handful of steps; no low-rank chains,
+    and of matrix products only 8-bit cores."""
     case = _Case(setup)
     case.compare()
     return case.found

@@ -57,7 +57,7 @@ def launches(
     capability: int,
     sizes: Sequence[int],
 ) -> list[Launch]:
-    """Every launch that a head can have, whether it fits or not: one for each of `CONFIGS`.
+    """Every launch that a head can have: one for each of `CONFIGS`.
 
     A launch takes at most 65,535 blocks of rows, and 2^31 products.
 

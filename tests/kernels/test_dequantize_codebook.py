@@ -65,7 +65,7 @@ def test_golden_bytes_of_three_bits() -> None:
 )
 def test_encodings_that_do_not_exist(options: tuple[str, int, int], message: str) -> None:
     with pytest.raises(PassError, match=message):
-        CodebookEncoding(*options)  # type: ignore[arg-type]
+        CodebookEncoding(*options)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize("table", [[-1.0, -0.5, 0.5, 1.0], [0.0, 1.0], [1.0, 0.0, 2.0, 3.0]])
