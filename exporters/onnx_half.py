@@ -1,16 +1,18 @@
 """float32 -> float16 in an ONNX model, for runtimes whose types are what the file says (strongly typed).
 
 Weights, scales and what is computed become float16; inputs and outputs of the model stay float32. Three kinds
-of
-operators stay float32, with casts around them:
+of operators stay float32, with casts around them:
 
-- what sums many terms or leaves the range of float16 (65504) in between: means, norms, softmax, powers;
+- what sums many terms or leaves the range of float16 (65504) in between: means, norms, softmax, powers,
+  squares;
 - arithmetic on nothing but results of those, such as the epsilon and the root of an RMS norm;
-- all that sines and cosines are computed from: a rotary position of 2,049 is no float16.
+- all that positions are computed from, for 2,049 is no float16: what sines and cosines read, floats that
+  become integers (indices, sizes), and counted values that are compared.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +30,15 @@ _ARITHMETIC = {"Add", "Div", "Mul", "Neg", "Reciprocal", "Sqrt", "Sub", "Expand"
 
 _POSITIONS = {"Sin", "Cos"}
 
+_CHOICES = {"ArgMax", "ArgMin", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"}
+"""What compares values: of positions 2,048 and 2,049 one is the larger."""
+
 _FLOAT_OPERANDS = {"Resize": (0,)}
 """Operators of which only these inputs follow the type of the model."""
 
-_MASK = 32768.0
-"""What finite constants beyond float16 become. They are masks such as -1e9: two of them, or one and a score,
-must still have a sum, and that of the largest float16 and anything is infinite."""
+_MASK = 16384.0
+"""What finite constants beyond float16 become. They are masks such as -1e9: three of them and a score must
+still have a sum, and where all of a row are infinite a softmax has none."""
 
 
 def to_float16(model: ir.Model) -> None:
@@ -57,7 +62,8 @@ class _Half:
             given = [v for v in node.inputs if v is not None and v not in self.constants]
             given = [v for v in given if v.dtype in (self.float, self.half)]
             arithmetic = node.op_type in _ARITHMETIC and bool(given) and all(v in wide for v in given)
-            stays = node in positions or node.op_type in _WIDE or arithmetic
+            square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+            stays = node in positions or node.op_type in _WIDE or square or arithmetic
             wanted = self.float if stays else self.half
             floats = [v for v in node.outputs if self._is_float(v)]
             self._inputs(node, wanted)
@@ -74,7 +80,7 @@ class _Half:
 
     def _before_positions(self) -> set[ir.Node]:
         found: set[ir.Node] = set()
-        waiting = [node for node in self.graph if node.op_type in _POSITIONS]
+        waiting = self._positions()
         while waiting:
             node = waiting.pop()
             if node in found:
@@ -83,6 +89,28 @@ class _Half:
             sources = (v.producer() for v in node.inputs if v is not None and self._is_float(v))
             waiting += [s for s in sources if s is not None]
         return found
+
+    def _positions(self) -> list[ir.Node]:
+        """Operators whose result is another one where an integer is off by one."""
+        found = []
+        counted: set[ir.Value] = set()
+        for node in self.graph:
+            given = [v for v in node.inputs if v is not None and not self._is_number(v)]
+            floats = [v for v in given if self._is_float(v)]
+            compares = node.op_type in _CHOICES and not counted.isdisjoint(floats)
+            if node.op_type in _POSITIONS or compares or (floats and self._to_integer(node)):
+                found.append(node)
+            # from integers alone, not from a table they are looked up in
+            if given and counted.issuperset(floats):
+                counted.update(v for v in node.outputs if self._is_float(v))
+        return found
+
+    def _to_integer(self, node: ir.Node) -> bool:
+        to = node.attributes.get_int("to") if node.op_type == "Cast" else None
+        return to is not None and self.ir.DataType(to).is_integer()
+
+    def _is_number(self, value: ir.Value) -> bool:
+        return value in self.constants and value.const_value is not None and value.const_value.size == 1
 
     def _inputs(self, node: ir.Node, wanted: ir.DataType) -> None:
         which = _FLOAT_OPERANDS.get(node.op_type, range(len(node.inputs)))
@@ -147,3 +175,61 @@ def _halved(array: np.ndarray) -> np.ndarray:
     limit = float(np.finfo(np.float16).max)
     inside = np.where(np.isfinite(array) & (np.abs(array) > limit), np.sign(array) * _MASK, array)
     return np.asarray(inside, dtype=np.float16)
+
+
+# -- float16 in ONNX Runtime ----------------------------------------------------------------------
+
+_TYPED = {"Cast", "Constant", "ConstantOfShape"}
+"""Operators that name the type they give out."""
+
+_MOVES = {
+    "Clip", "Concat", "Expand", "Flatten", "Gather", "Identity", "Max", "MaxPool", "Min", "Neg", "Pad",
+    "Relu", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+}  # fmt: skip
+"""Operators that give out float16 where they are given it: there is nothing to round."""
+
+
+def in_float32(path: Path, folder: Path) -> Path:
+    """A float32 file that gives what a float16 one does: each operator computes in float32, as GPUs sum, and
+    what it gives out is rounded to float16, which makes what is too large infinite.
+
+    ONNX Runtime itself rounds less: on processors it has no float16 kernels of most operators, and runs
+    chains of them in float32.
+
+    Args:
+        path: the float16 file; types of all values stand in it, as `to_float16` leaves them.
+        folder: where the other one is written.
+
+    Returns:
+        that, or `path` where nothing is float16.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    half, single = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    constants = [v for v in model.graph.initializers.values() if v.dtype == half]
+    values = [v for node in model.graph for v in node.outputs if v.dtype == half]
+    if not constants and not values:
+        return path
+    for value in constants:
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+        value.type = ir.TensorType(single)
+    for value in values:
+        source, uses = value.producer(), list(value.uses())
+        assert source is not None
+        if source.op_type not in _TYPED:
+            value.type = ir.TensorType(single)
+        if source.op_type in _MOVES:
+            continue
+        last, after = value, source
+        for dtype in (single,) if source.op_type in _TYPED else (half, single):
+            cast = ir.node("Cast", [last], attributes={"to": dtype.value})
+            model.graph.insert_after(after, cast)
+            last, after = cast.outputs[0], cast
+            last.type = ir.TensorType(dtype)
+        for reader, i in uses:
+            reader.replace_input_with(i, last)
+    found = folder / f"float32-{path.name}"
+    ir.save(model, found, external_data=f"{found.name}.data")
+    return found

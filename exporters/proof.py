@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from compress.activations import DYNAMIC, FLOAT8, QUANTIZERS
 from compress.artifact import Lowered
 from compress.errors import ExportError, VerificationError
+from compress.exporters.onnx_half import in_float32
 from compress.exporters.ort import Session
 from compress.float8 import LARGEST, float8_steps
 from compress.graph import Graph
@@ -35,8 +36,10 @@ _INT8_ACTIVATIONS_DB = 25.0
 """MatMulNBits at 2 and 8 bits rounds its activations to int8 even when nothing is fused."""
 
 _HALF_DB = 30.0
-"""float16 rounds each value by 2^-12 of it at most; layers in a row and sums that cancel add to that. The
+"""float16 rounds each value by 2^-11 of it at most; layers in a row and sums that cancel add to that. The
 same file in float32 is proven on its own, so this one need only find what does not fit into float16."""
+
+_IN_FLOATS = "write it in float32 (--precision float32)"
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def prove(
         graph: what it was written from.
         lowered: the form of every encoded weight.
         trials: flat inputs to run both on.
-        half: the file computes in float16, the graph in float32.
+        half: the file computes in float16, the graph in float32; every value is rounded as the file says.
         progress: told about every trial.
 
     Raises:
@@ -115,7 +118,7 @@ def prove(
     except Exception as error:
         if "com.microsoft" not in str(error):
             raise VerificationError(f"the written file is not valid ONNX: {error}") from error
-    tapped, taps = _with_taps(path)
+    tapped, taps = _with_taps(in_float32(path, path.parent) if half else path)
     session = Session(tapped, exact=True)
     plain = graph.decoded()
     inexact = any("MatMulNBits" in form.form for form in lowered)
@@ -137,12 +140,14 @@ def prove(
                     f"output {name} is complex, and ONNX has no complex outputs",
                     fix="return torch.view_as_real(...) of it, or its .real and .imag",
                 )
-        worst = min(worst, compare(found, wanted, limit, shapes))
+        worst = min(worst, compare(found, wanted, limit, shapes, fix=_IN_FLOATS if half else ""))
     progress.finish()
     return worst
 
 
-def compare(found: Mapping[str, Tensor], wanted: Sequence[Tensor], limit: float, shapes: str) -> float:
+def compare(
+    found: Mapping[str, Tensor], wanted: Sequence[Tensor], limit: float, shapes: str, fix: str = ""
+) -> float:
     """Worst SQNR in dB of a file's outputs.
 
     Args:
@@ -150,6 +155,7 @@ def compare(found: Mapping[str, Tensor], wanted: Sequence[Tensor], limit: float,
         wanted: those of the graph, in the same order.
         limit: the least that passes, in dB.
         shapes: of the inputs, for the message.
+        fix: what to do where it does not pass.
 
     Raises:
         VerificationError: a shape is another, or an output is further off than the limit.
@@ -168,6 +174,7 @@ def compare(found: Mapping[str, Tensor], wanted: Sequence[Tensor], limit: float,
             raise VerificationError(
                 f"at inputs {shapes} the file's {name} differs from the graph ({quality:.1f} dB)",
                 expected=f"at least {limit:.0f} dB; nothing was written",
+                fix=fix,
             )
     return worst
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import VerificationError
+from compress.exporters.onnx_half import in_float32
 from compress.exporters.ort import Session
 from compress.exporters.tensorrt_engine import tensorrt, version
 
@@ -24,8 +25,8 @@ def source_of(engine: Path) -> Path:
 
 
 class StandIn(Session):
-    """The ONNX file in place of its engine, operator by operator: ONNX Runtime's own fusions round
-    activations.
+    """The ONNX file in place of its engine, operator by operator, for ONNX Runtime's own fusions round
+    activations; float16 as `compress.exporters.onnx_half.in_float32` has it.
 
     Args:
         path: of the engine.
@@ -37,7 +38,8 @@ class StandIn(Session):
         from compress.exporters.tensorrt_plugin_nodes import runnable
 
         with tempfile.TemporaryDirectory(prefix="compress-trt-") as folder:
-            super().__init__(runnable(source_of(path), Path(folder)), threads=threads, exact=True)
+            source = in_float32(runnable(source_of(path), Path(folder)), Path(folder))
+            super().__init__(source, threads=threads, exact=True)
         self.stands_in = (
             "The engine was not run, for there is no GPU for it here: figures of fidelity are those of the "
             "ONNX file it was built from, in ONNX Runtime, and there are no timings"
