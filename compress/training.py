@@ -283,12 +283,15 @@ def fit(
         points = hidden_points(graph, reference)
         loss = with_hidden(loss, len(graph.output_names), plan.hidden)
         graph, reference = returning(graph, points), returning(reference, points)
-    channels_last = _channels_last_pays(graph) and _channels_last_pays(reference)
-    if channels_last:
-        reference = _of_any_layout(reference)
-    trainee = Trainee(_of_any_layout(graph) if channels_last else graph, names, plan.batch_norm)
     samples = Samples(graph, list(data))
     training, held = samples.split()
+    channels_last = _channels_last_pays(graph) and _channels_last_pays(reference)
+    if channels_last:
+        graphs = _of_any_layout(graph), _of_any_layout(reference)
+        # of two samples, for in one there is no order of samples
+        channels_last = _run_channels_last(graphs, samples.take(training[:2])[0].inputs)
+        graph, reference = graphs if channels_last else (graph, reference)
+    trainee = Trainee(graph, names, plan.batch_norm)
     generator = torch.Generator().manual_seed(plan.seed)
     size = min(plan.batch_size, len(training)) if samples.single else 1
     total = max(1, round(plan.epochs * (len(training) // size)))
@@ -357,6 +360,16 @@ def _channels_last_pays(graph: Graph) -> bool:
     """
     convolves = any(site.kind == "conv" and len(graph.shape(site.weight)) == 4 for site in graph.sites())
     return convolves and not any("as_strided" in str(node.target) for node in graph.ops.nodes)
+
+
+def _run_channels_last(graphs: Iterable[Graph], inputs: Sequence[Tensor]) -> bool:
+    """Whether no operator asks for values in row-major order, as `view_as` and `view_as_complex` do."""
+    try:
+        for graph in graphs:
+            graph.run(_copies(inputs, channels_last=True))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _of_any_layout(graph: Graph) -> Graph:

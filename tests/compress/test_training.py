@@ -200,3 +200,32 @@ def test_channels_last_in_memory_changes_nothing_but_rounding(
         torch.testing.assert_close(fitted[0].graph.tensors[name], tensor, rtol=1e-3, atol=1e-3)
     assert any(node.target is torch.ops.aten.view.default for node in fitted[0].graph.ops.nodes)
     assert fitted[0].graph.output_names == graph.output_names
+
+
+class InRowMajorOrder(nn.Module):
+    """Operators that take the outputs of a convolution in row-major order only."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.head = how, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 6 * 8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        if self.how == "view_as":
+            y = y.view_as(x.new_empty(x.shape[0], 24, 8))
+        else:
+            y = torch.view_as_complex(y.reshape(-1, 4, 6, 4, 2)).abs().repeat(1, 1, 1, 2)
+        out: torch.Tensor = self.head(y.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("how", ["view_as", "view_as_complex"])
+def test_models_that_need_row_major_order_train_in_it(how: str) -> None:
+    torch.manual_seed(0)
+    graph = compress.capture(InRowMajorOrder(how).eval(), (torch.randn(2, 3, 6, 8),))
+    start = graph.copy()
+    start.tensors["conv.weight"] = graph.tensors["conv.weight"] + 0.3 * torch.randn(4, 3, 3, 3)
+    data = load_calibration([torch.randn(20, 3, 6, 8)], inputs=graph.inputs)
+    plan = Plan(6, 8, 5e-3, "adam")
+    fitted = fit(start, trainable(start, start.sites()), graph, data, kl_loss(graph, 1.0), plan)
+    assert fitted.after < 0.9 * fitted.before
