@@ -63,6 +63,7 @@ class Artifact:
             against `graph`, in dB.
         built_for: what a compiled file runs on and takes: GPUs, precision, sizes; empty otherwise.
         layers: of a compiled file.
+        options: of the exporter that wrote it.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Artifact:
     proof_db: float
     built_for: dict[str, str] = field(default_factory=dict)
     layers: tuple[BuiltLayer, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,9 @@ class Exporter(Protocol):
             VerificationError, ModelFileError: it cannot be loaded.
         """
 
+    def nearest(self, graph: Graph, sizes: dict[str, int]) -> dict[str, int]:
+        """Of the sizes of dynamic dimensions that a file of this graph takes, those nearest to the given."""
+
     def write_float(self, graph: Graph, path: Path) -> None:
         """Write an uncompressed graph, unproven: what the compressed file is timed against."""
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.artifact import BuiltLayer
 from compress.errors import ExportError, MissingExtra
 from compress.exporters.tensorrt_profiles import Shape
@@ -50,6 +52,14 @@ def tensorrt() -> Any:
 def builds_for_others() -> bool:
     """Whether this package builds for GPUs that are not in this machine: TensorRT-RTX does."""
     return hasattr(tensorrt(), "ComputeCapability")
+
+
+def own_gpu() -> int | None:
+    """The compute capability of the GPU in this machine, as 89 for 8.9; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def version() -> str:

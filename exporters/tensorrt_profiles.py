@@ -29,9 +29,9 @@ class Profile:
         low, mid, high = (spec.sized(sizes, least=0) for sizes in (self.min, self.opt, self.max))
         return low, mid, high
 
-    def allows(self, sizes: dict[str, int]) -> bool:
-        """Whether an engine of this profile takes inputs of these sizes."""
-        return all(self.min[name] <= size <= self.max[name] for name, size in sizes.items())
+    def nearest(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The sizes nearest to these that an engine of this profile takes."""
+        return {name: min(max(size, self.min[name]), self.max[name]) for name, size in sizes.items()}
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {low} to {self.max[name]}" for name, low in self.min.items())

@@ -79,6 +79,7 @@ def time_files(
     threads: int,
     seconds: float,
     step: Callable[[str], object] = lambda name: None,
+    takes: Callable[[Sequence[Tensor]], bool] = lambda inputs: True,
 ) -> Iterator[dict[str, Timing]]:
     """Time files of one model, all of them interleaved; yields once for each size of the inputs.
 
@@ -92,13 +93,16 @@ def time_files(
         threads: that the files were opened with, for the record.
         seconds: for each size.
         step: told what is timed next.
+        takes: whether the files take flat inputs of these sizes; others are left out.
 
     Raises:
         VerificationError: a file does not run on these inputs.
     """
     for given, size in _cases(reference, sample, batch_sizes):
-        step(f"speed at batch {size}" if size else "speed")
         inputs = batch_of(reference, given, size)
+        if not takes(inputs):
+            continue
+        step(f"speed at batch {size}" if size else "speed")
         sizes = sizes_of(reference.inputs, inputs)
         speeds = interleaved({name: file.call(inputs) for name, file in files.items()}, seconds)
         baseline = next(iter(speeds.values())).ms

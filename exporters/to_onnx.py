@@ -117,6 +117,10 @@ class OnnxExporter:
         """See `compress.exporters.exporter.Exporter.open`."""
         return Session(path, threads=threads)
 
+    def nearest(self, graph: Graph, sizes: dict[str, int]) -> dict[str, int]:
+        """See `compress.exporters.exporter.Exporter.nearest`: it takes all sizes."""
+        return sizes
+
     def write_float(self, graph: Graph, path: Path) -> None:
         """See `compress.exporters.exporter.Exporter.write_float`."""
         save(build_model(graph, faster=False)[0], path)

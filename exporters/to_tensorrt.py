@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from compress.artifact import Artifact, BuiltLayer, Lowered
-from compress.errors import ExportError, OutputError, VerificationError
+from compress.errors import ExportError, MissingExtra, OutputError, VerificationError
 from compress.exporters.exporter import Running
 from compress.exporters.onnx_half import to_float16
 from compress.exporters.ort import runtime
@@ -28,6 +28,7 @@ from compress.exporters.tensorrt_engine import (
     Built,
     build,
     builds_for_others,
+    own_gpu,
     packed_in,
     tensorrt,
     version,
@@ -58,7 +59,7 @@ class TensorRTExporter:
 
     Args:
         gpu: compute capabilities the engine is to run on, such as "sm89,sm120"; by default sm86, sm89 and
-            sm120.
+            sm120. The datacenter package builds for the GPU of this machine alone.
         precision: what is computed in where nothing is quantized; inputs and outputs keep their types.
         min, opt, max: sizes of dynamic dimensions, such as "batch=32,seq=512": the smallest the engine takes,
             those it is tuned for, the largest. See `compress.exporters.tensorrt_profiles.profile_of` for what
@@ -78,18 +79,23 @@ class TensorRTExporter:
         """See `compress.exporters.exporter.Exporter.check`."""
         if self.precision not in ("float32", "float16"):
             raise ExportError(f"precision is {self.precision!r}", expected="float32 or float16")
-        reasons = too_old([self.precision], self._gpus())
-        if reasons:
-            raise ExportError("; ".join(reasons))
         for name in ("min", "opt", "max"):
             parse_sizes(name, getattr(self, name))
         runtime()
         tensorrt()
+        if not builds_for_others() and own_gpu() is None:
+            raise ExportError(
+                f"{version()} builds for the GPU of this machine alone, and there is none",
+                fix="install TensorRT-RTX: pip install 'compress-models[tensorrt]'",
+            )
         if self.gpu and not builds_for_others():
             raise ExportError(
                 f"gpu is {self.gpu!r}, and {version()} builds for the GPU of this machine alone",
                 fix="leave it out, or install TensorRT-RTX: pip install 'compress-models[tensorrt]'",
             )
+        reasons = too_old([self.precision], self._gpus())
+        if reasons:
+            raise ExportError("; ".join(reasons))
         if path.suffix == ".onnx":
             raise OutputError(
                 f"{path} is a name of an ONNX file", expected=f"-o {path.with_suffix(self.suffix)}"
@@ -140,7 +146,7 @@ class TensorRTExporter:
             engine.write_bytes(built.data)
             artifact = Artifact(
                 engine, self.target, graph, len(built.data), tuple(_as_built(lowered, source, built.layers)),
-                worst, self._built_for(graph, built), built.layers,
+                worst, self._built_for(graph, built), built.layers, asdict(self),
             )  # fmt: skip
             if results is not None:
                 add_metadata(source, {"results": results(artifact)})
@@ -148,12 +154,12 @@ class TensorRTExporter:
         return replace(artifact, path=path)
 
     def open(self, path: Path, *, threads: int = 1) -> Running:
-        """See `compress.exporters.exporter.Exporter.open`: on the GPU, if there is one for it."""
-        if not torch.cuda.is_available():
-            return StandIn(path, threads=threads)
-        if builds_for_others() and torch.cuda.get_device_capability()[0] == 9:
-            return StandIn(path, threads=threads)  # TensorRT-RTX is not for Hopper
-        return Engine(path)
+        """See `compress.exporters.exporter.Exporter.open`: on the GPU, if engines are built for it."""
+        return Engine(path) if own_gpu() in self._gpus() else StandIn(path, threads=threads)
+
+    def nearest(self, graph: Graph, sizes: dict[str, int]) -> dict[str, int]:
+        """See `compress.exporters.exporter.Exporter.nearest`."""
+        return self._profile(graph).nearest(sizes)
 
     def write_float(self, graph: Graph, path: Path) -> None:
         """See `compress.exporters.exporter.Exporter.write_float`."""
@@ -165,7 +171,12 @@ class TensorRTExporter:
         return sorted(form.weight for form in artifact.lowered if form.loads_as.endswith(_APART))
 
     def _gpus(self) -> tuple[int, ...]:
-        return parse_gpus(self.gpu)
+        """Those asked for; where the package builds for no others, the one in this machine."""
+        own = None
+        if not self.gpu:
+            with suppress(MissingExtra):  # `check` tells of it
+                own = None if builds_for_others() else own_gpu()
+        return parse_gpus(self.gpu) if own is None else (own,)
 
     def _profile(self, graph: Graph) -> Profile:
         given = [parse_sizes(name, getattr(self, name)) for name in ("min", "opt", "max")]
@@ -175,7 +186,7 @@ class TensorRTExporter:
         held = weight_bytes(built.layers)
         split = f"{held:,} of weights, {len(built.data) - held:,} of compiled kernels"
         return {
-            "GPUs": ", ".join(f"sm{n}" for n in self._gpus()) if builds_for_others() else "this machine's",
+            "GPUs": ", ".join(f"sm{n}" for n in self._gpus()),
             "precision": self.precision,
             "sizes": str(self._profile(graph)) or "fixed",
             "builder": version(),
@@ -205,16 +216,16 @@ class TensorRTExporter:
         model, forms = assemble(packed, lower, signed=True)
         model.metadata_props.update(as_text(metadata))
         written = save(model, path)
-        worst = (
-            prove(runnable(path, path.parent), packed, forms, trials, progress=progress)
-            if trials
-            else math.inf
-        )
-        if self.precision == "float16":
+        half = self.precision == "float16"
+        worst = math.inf
+        if trials:
+            worst = prove(runnable(path, path.parent), packed, forms, trials, progress=progress)
+        if half:
             _cast(model)
             written = save(model, path)
-            twin = runnable(path, path.parent) if trials else path
-            worst = prove(twin, packed, forms, trials, half=True, progress=progress) if trials else math.inf
+        if half and trials:
+            twin = runnable(path, path.parent)
+            worst = prove(twin, packed, forms, trials, half=True, progress=progress)
         return written, lowered + forms, worst
 
     def _plugins(self) -> int | None:

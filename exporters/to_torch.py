@@ -92,6 +92,10 @@ class TorchExporter:
         """See `compress.exporters.exporter.Exporter.open`: on the GPU, if there is one."""
         return RunningModule(path, "cuda" if torch.cuda.is_available() else "cpu", threads=threads)
 
+    def nearest(self, graph: Graph, sizes: dict[str, int]) -> dict[str, int]:
+        """See `compress.exporters.exporter.Exporter.nearest`: it takes all sizes."""
+        return sizes
+
     def write_float(self, graph: Graph, path: Path) -> None:
         """See `compress.exporters.exporter.Exporter.write_float`."""
         write_package(graph, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def verify(
     Args:
         artifact: the file and the graph it was written from.
         reference: the original, uncompressed graph.
-        samples: real flat inputs; two random shapes are used where there are none.
+        samples: real flat inputs, cut to the largest sizes that the file takes; what is too small is left
+            out, as are batch sizes. Two random shapes are used where there are none.
         described: where the samples came from, for the report.
         eval_fn: a metric of a module, higher is better unless it has a true attribute `lower_is_better`; or
             a `Perplexity`.
@@ -63,20 +64,35 @@ def verify(
         CalibrationError: the text of a perplexity does not fit the model.
     """
     progress = progress or Silent()
-    exporter: Exporter = find(artifact.target)
+    exporter: Exporter = find(artifact.target, **artifact.options)
     session = exporter.open(artifact.path, threads=threads)
+    specs = artifact.graph.inputs
+
+    def within(inputs: Sequence[Tensor]) -> list[Tensor]:
+        sizes = sizes_of(specs, inputs)
+        nearest = exporter.nearest(artifact.graph, sizes)
+        return cut(specs, inputs, {name: min(size, nearest[name]) for name, size in sizes.items()})
+
+    def takes(inputs: Sequence[Tensor]) -> bool:
+        sizes = sizes_of(specs, inputs)
+        return exporter.nearest(artifact.graph, sizes) == sizes
+
     if session.stands_in:
         batch_sizes = ()
     progress.start("verify", 2 + len(batch_sizes) + _stages(eval_fn, "original", "compressed", "file"))
     plain = artifact.graph.decoded()
-    inputs = inputs_to_try(reference, samples)
+    inputs = [sample for sample in map(within, inputs_to_try(reference, samples)) if takes(sample)]
+    if not inputs:
+        samples, described = (), ""
+        shapes = [exporter.nearest(artifact.graph, sizes) for sizes in shapes_to_try(artifact.graph)]
+        inputs = [example_inputs(artifact.graph, sizes, seed=2) for sizes in shapes]
     progress.step("fidelity")
     comparisons = _compare(session, plain, reference, inputs)
     progress.step("fusion")
     unfused = exporter.decoded_on_every_call(artifact)
     measured = _measure(eval_fn, reference, plain, session, artifact.graph, original_metric, progress)
     timings, float_bytes = _time(
-        exporter, session, reference, inputs[0], batch_sizes, threads, seconds, progress
+        exporter, session, reference, inputs[0], batch_sizes, threads, seconds, takes, progress
     )
     progress.finish()
     return Verification(
@@ -274,6 +290,7 @@ def _time(
     batch_sizes: Sequence[int],
     threads: int,
     seconds: float,
+    takes: Callable[[Sequence[Tensor]], bool],
     progress: Progress,
 ) -> tuple[list[Timing], int]:
     if not batch_sizes:
@@ -281,11 +298,14 @@ def _time(
     with tempfile.TemporaryDirectory(prefix="compress-float-") as folder:
         baseline = Path(folder) / f"float{exporter.suffix}"
         exporter.write_float(reference, baseline)
-        nbytes = sum(f.stat().st_size for f in Path(folder).iterdir())
+        # as `Artifact.nbytes` counts, not the ONNX file that an engine is built from
+        counted = (baseline.name, f"{baseline.name}.data")
+        nbytes = sum(f.stat().st_size for f in Path(folder).iterdir() if f.name in counted)
         files = {"float": exporter.open(baseline, threads=threads), "file": session}
         found = time_files(
-            files, reference, sample, batch_sizes, threads=threads, seconds=seconds, step=progress.step
-        )
+            files, reference, sample, batch_sizes, threads=threads, seconds=seconds, step=progress.step,
+            takes=takes,
+        )  # fmt: skip
         return [timing["file"] for timing in found], nbytes
 
 

@@ -65,7 +65,7 @@ def test_the_proof_finds_what_leaves_float16(tmp_path: Path) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         (said,) = ReferenceEvaluator(str(path)).run(None, {"x": noise(2, 16).numpy()})
     assert not np.isfinite(said).all(), "this is what the file says"
-    with pytest.raises(VerificationError, match="(?s)differs from the graph.*precision float32"):
+    with pytest.raises(VerificationError, match=r"(?s)differs from the graph.*precision float32"):
         prove(path, graph, [], [[noise(2, 16)]], half=True)
 
 

@@ -78,7 +78,7 @@ def datacenter() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "tensorrt": lambda: None, "version": lambda: "TensorRT", "builds_for_others": lambda: False,
-            "plugins_for": lambda: 90, "sparse_works": lambda: True,
+            "own_gpu": lambda: 90, "plugins_for": lambda: 90, "sparse_works": lambda: True,
             "build": lambda *_: Built(b"engine", ()),
         }.items():  # fmt: skip
             patch.setattr(to_tensorrt, name, value)
