@@ -11,14 +11,15 @@ own      ``SQNR(y, B(x))`` the error of B's layer alone: B's operator on A's inp
                            whose output agrees is right (smoothing rescales what it reads, and its weight)
 ======== ================= ==================================================================================
 
-A layer is **out of line** if its own SQNR is below what its bits account for, and below the line of its
-like. Rounding to b <= 8 bits accounts for ``6 b - 4`` dB, more bits for 60 dB (float32 sums in another
-order differ at 100 to 140 dB). Its like are the other layers whose weights are stored in as many bits: the
-line is their median less three standard deviations (``3 * 1.4826 MAD``), which count for no less than 8 and
-no more than 12 dB. Where there are fewer than two, it is what b <= 8 bits account for less 12 dB. Layers
-that share a weight are not their own like. A layer whose error arrives at a later one and is undone there
-(its output is 15 dB better than both) was rescaled together with it, as `smooth` does; it is in line, and
-nobody's like.
+A layer is **out of line** if its own SQNR is below what its bits account for, and below the line of its like.
+Rounding to b <= 8 bits accounts for ``6 b - 4`` dB, more bits for 60 dB (float32 sums in another order differ
+at 100 to 140 dB). 8-bit floats ``m 2^e``, ``1 <= m < 2``, are ``2^(e-3)`` apart, an error of ``10 log10(12 *
+64 m^2)`` dB and at least 28.9; a weight and its input, both so rounded, account for 3 dB less. Its like are
+the other layers whose weights are stored in as many bits: the line is their median less three standard
+deviations (``3 * 1.4826 MAD``), which count for no less than 8 and no more than 12 dB. Where there are fewer
+than two, it is what b <= 8 bits account for less 12 dB. Layers that share a weight are not their own like. A
+layer whose error arrives at a later one and is undone there (its output is 15 dB better than both) was
+rescaled together with it, as `smooth` does; it is in line, and nobody's like.
 
 The first layer out of line is where the models part. If there is none, and all layers agree, it is where
 something *between* layers differs: the first input that arrives below 60 dB.
@@ -42,6 +43,7 @@ from compress.points import How, Layer, Pair, Points, pairs
 from compress.progress import Progress, Silent
 
 _ROUNDING_DB = 60.0
+_FLOAT8_DB = 10 * math.log10(12 * 64 / 2)
 _MARGIN_DB, _MOST_DB = 8.0, 12.0
 _HEALED_DB = 15.0
 """How much better than its input a layer's output must be for an error to have been undone."""
@@ -63,6 +65,7 @@ class Point:
         out_of_line: by the rule of the module.
         undone_by: the later layer it was rescaled with; "" if it was not.
         note: what else there is to say.
+        float8: the weight is stored as 8-bit floats in one of them.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Point:
     out_of_line: bool = False
     undone_by: str = ""
     note: str = ""
+    float8: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class Divergence:
                 "are right; what stands between them and it differs"
             )
         if found is not None:
-            what = "its like have" if self.likes else f"{found.bits} bits account for"
+            stored = f"{found.bits}-bit floats" if found.float8 else f"{found.bits} bits"
+            what = "its like have" if self.likes else f"{stored} account for"
             level = (
                 "its like are equal" if math.isinf(self.level_db or 0.0) else f"{what} {self.level_db:.0f} dB"
             )
@@ -340,6 +345,7 @@ def _point(m: _Measured) -> Point:
         cosine=m.output.cosine if known else None,
         max_abs=m.output.largest if known else None,
         note=m.note or ("" if pair.how in ("name", "chain") else f"matched by {pair.how}"),
+        float8=pair.a.float8 or pair.b.float8,
     )
     if m.own.rows and point.output_db is not None:
         own = max(m.own.sqnr_db, point.output_db)
@@ -358,7 +364,7 @@ def _likes(index: int, points: Sequence[Point], found: Sequence[_Measured]) -> l
         for p, m in zip(points, found, strict=True)
         if p is not me
         and p.own_db is not None
-        and p.bits == me.bits
+        and (p.bits, p.float8) == (me.bits, me.float8)
         and not p.undone_by
         and mine is not None
         and m.pair.b is not None
@@ -369,6 +375,8 @@ def _likes(index: int, points: Sequence[Point], found: Sequence[_Measured]) -> l
 
 def _accounted(point: Point) -> float:
     """The SQNR in dB that storing a weight in so many bits accounts for."""
+    if point.float8:
+        return _FLOAT8_DB
     return 6.0 * point.bits - 4 if point.bits is not None and point.bits <= 8 else _ROUNDING_DB
 
 

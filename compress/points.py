@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from compress.activations import QUANTIZERS
 from compress.encoding import EncodedWeight
+from compress.float8 import Float8Weight
 from compress.graph import Graph
 from compress.inputs import InputSpec
 from compress.pipeline import example_inputs
@@ -38,6 +39,7 @@ class Layer:
         source: name of the value it reads, before that is rounded; "" if it is not known.
         output: name of the value it gives, bias included.
         weight: what the points find its weight by.
+        float8: whether the weight is stored as 8-bit floats.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Layer:
     source: str
     output: str
     weight: str
+    float8: bool = False
 
 
 class Points(Protocol):
@@ -94,8 +97,10 @@ class GraphPoints:
             read = self._nodes[site.node].args[1 if site.kind == "embedding" else 0]
             assert isinstance(read, fx.Node)
             keys = frozenset({site.name, site.weight.removesuffix(".weight")})
-            layer = Layer(site.name, keys, site.kind, bits, _unrounded(read).name, site.node, site.weight)
-            self.layers.append(layer)
+            source, float8 = _unrounded(read).name, isinstance(encoded, Float8Weight)
+            self.layers.append(
+                Layer(site.name, keys, site.kind, bits, source, site.node, site.weight, float8)
+            )
 
     def run(
         self, inputs: Sequence[Tensor], names: Collection[str]

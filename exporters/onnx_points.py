@@ -40,7 +40,10 @@ _ROUNDERS = ("DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear")
 _PART = re.compile(r"\.(codes|scales|zero_points|values|mask)$")
 _FOREIGN = re.compile(r"(_quantized|_Q\d\w*|_q\d\w*)$")
 _NO_NAME = re.compile(r"(val_\d+|onnx::.*|\d+|.*_output_\d+)$")
-_BITS = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "INT8": 8, "UINT8": 8, "FLOAT16": 16, "BFLOAT16": 16}
+_BITS = {
+    "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "INT8": 8, "UINT8": 8, "FLOAT8E4M3FN": 8, "FLOAT16": 16,
+    "BFLOAT16": 16,
+}  # fmt: skip
 _LARGEST = 1 << 30
 _SIZE = 16
 """Of axes whose size neither the file nor the caller knows."""
@@ -176,9 +179,8 @@ class OnnxPoints:
                 keys = {".".join(node.name.strip("/").split("/")[:-1])}
             name = min(keys, default=output)
             source = self._unrounded(node.input[1 - at])
-            layers.append(
-                Layer(name, frozenset(keys), kind, self._bits(node, at), source, output, node.output[0])
-            )
+            bits, float8 = self._bits(node, at), _is_float8(self._largest(node.input[at]))
+            layers.append(Layer(name, frozenset(keys), kind, bits, source, output, node.output[0], float8))
         return layers
 
     def _is_table(self, node: Any, kind: str) -> bool:
@@ -213,9 +215,22 @@ class OnnxPoints:
         return max(stored.dims, default=1) == np.prod(stored.dims or [1])
 
     def _unrounded(self, name: str) -> str:
-        while (node := self._producer.get(name)) is not None and node.op_type in _ROUNDERS:
-            name = node.input[0]
+        while (node := self._producer.get(name)) is not None:
+            before = node.input[0] if node.op_type in _ROUNDERS else self._before_float8(node)
+            if not before:
+                break
+            name = before
         return name
+
+    def _before_float8(self, node: Any) -> str:
+        """What Div -> Cast -> Cast -> Mul rounds to 8-bit floats, if this is its last operator; else ""."""
+        kinds = []
+        for op in ("Mul", "Cast", "Cast", "Div"):
+            if node is None or node.op_type != op:
+                return ""
+            kinds.append(_attribute(node, "to", 0))
+            before, node = node.input[0], self._producer.get(node.input[0])
+        return before if kinds[2] == _float8() else ""
 
     def _cone(self, names: Iterable[str], stop: Collection[str] = ()) -> tuple[set[int], set[str]]:
         """Ids of the nodes that compute these values, and what they read besides; nothing behind `stop`."""
@@ -333,6 +348,16 @@ def _stem(name: str) -> str:
 
 def _random(node: Any) -> bool:
     return node.op_type.startswith(("Random", "Multinomial", "Bernoulli"))
+
+
+def _float8() -> int:
+    import onnx
+
+    return int(onnx.TensorProto.FLOAT8E4M3FN)
+
+
+def _is_float8(stored: Any) -> bool:
+    return stored is not None and bool(stored.data_type == _float8())
 
 
 def _is_float(stored: Any) -> bool:

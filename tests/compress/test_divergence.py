@@ -74,11 +74,17 @@ def test_a_model_and_itself() -> None:
 
 @pytest.mark.parametrize(
     ("name", "layer", "recipe"),
-    [("convnet", "fc1", "int4"), ("encoder", "v", "int4"), ("tied_lm", "mlp", "int8-weight-only")],
+    [
+        ("convnet", "fc1", "int4"),
+        ("encoder", "v", "int4"),
+        ("encoder", "up", "fp8"),
+        ("tied_lm", "mlp", "int8-weight-only"),
+    ],
 )
 def test_a_layer_with_wrong_scales_is_named(name: str, layer: str, recipe: str) -> None:
     graph = compress.capture(make(name), inputs=MODELS[name].specs)
-    compressed = compress.run(graph, recipe).graph
+    data = [MODELS[name].inputs(4)] if recipe == "fp8" else None
+    compressed = compress.run(graph, recipe, calibration=data).graph
     sound = compress.diff(graph, compressed)
     assert sound.parts_at is None, sound.headline()
     scales = compressed.tensors[f"{layer}.weight.scales"]

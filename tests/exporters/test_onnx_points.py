@@ -117,6 +117,23 @@ def test_forms_of_large_products(recipe: str, bits: int, own: float, tmp_path: P
     assert found.parts_at is None
 
 
+def test_layers_of_8_bit_floats(tmp_path: Path) -> None:
+    example = MODELS["encoder"]
+    graph = compress.capture(make("encoder"), inputs=example.specs)
+    result = compress.run(graph, "fp8", calibration=[example.inputs(4)])
+    path = save(result.graph, tmp_path / "encoder.onnx")
+    same = compress.diff(result.graph, path)
+    layers = [p for p in same.points if p.kind != "output"]
+    assert len(layers) == 6 and all(p.bits == 8 and p.float8 for p in layers)
+    assert all(p.own_db is not None and p.own_db > 100 for p in layers), "its rounded input is its own"
+    found = compress.diff(graph, path)
+    assert found.parts_at is None, found.headline()
+    scales = result.graph.tensors["up.weight.scales"]
+    scales *= 1.5
+    found = compress.diff(graph, save(result.graph, tmp_path / "wrong.onnx"))
+    assert found.parts_at is not None and found.parts_at.name == "up"
+
+
 def foreign(path: Path, names: Callable[[str], str], change: float = 1.0) -> Path:
     """A file as others write it: a rounded convolution, a batch norm behind it, operators without names."""
     rng = np.random.default_rng(0)
