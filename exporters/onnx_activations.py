@@ -71,24 +71,15 @@ def translations(*, signed: bool = False) -> dict[Any, Any]:
     return {STATIC: static, DYNAMIC: dynamic, FLOAT8: float8}
 
 
-def integer_input(node: ir.Node) -> ir.Node | None:
-    """The DynamicQuantizeLinear whose rounded values a linear layer reads; None if there is none."""
+def rounded_input(node: ir.Node, operator: str) -> ir.Node | None:
+    """The operator, QuantizeLinear or DynamicQuantizeLinear, whose rounded values a layer reads; None where
+    it is no such one."""
     value = node.inputs[0]
     decode = None if value is None else value.producer()
     if decode is None or decode.op_type != "DequantizeLinear" or decode.inputs[0] is None:
         return None
     quantize = decode.inputs[0].producer()
-    return quantize if quantize is not None and quantize.op_type == "DynamicQuantizeLinear" else None
-
-
-def static_input(node: ir.Node) -> bool:
-    """Whether a layer reads a value rounded on a known range."""
-    value = node.inputs[0]
-    decode = None if value is None else value.producer()
-    if decode is None or decode.op_type != "DequantizeLinear" or decode.inputs[0] is None:
-        return False
-    quantize = decode.inputs[0].producer()
-    return quantize is not None and quantize.op_type == "QuantizeLinear"
+    return quantize if quantize is not None and quantize.op_type == operator else None
 
 
 def is_integer_weight(encoded: EncodedWeight) -> bool:
@@ -126,7 +117,7 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
         builder: of `compress.exporters.onnx_weights`.
         name: of the weight.
         encoded: the weight.
-        readers: of the weight; `integer_input` found the input of each.
+        readers: of the weight; `rounded_input` finds the DynamicQuantizeLinear of each.
     """
     import onnx_ir as ir
 
@@ -134,7 +125,7 @@ def integer_product(builder: Any, name: str, encoded: EncodedWeight, readers: li
     scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())
     products, shared = [], False
     for i, node in enumerate(readers):
-        quantize = integer_input(node)
+        quantize = rounded_input(node, "DynamicQuantizeLinear")
         assert quantize is not None
         codes, scale, zero = quantize.outputs
         shared = shared or _products(codes) > 1
@@ -157,7 +148,7 @@ def static_product(builder: Any, name: str, encoded: EncodedWeight, readers: lis
     runtime takes into MatMulIntegerToFloat.
 
     Args:
-        as of `integer_product`; `static_input` holds for each reader.
+        as of `integer_product`; each reads what a QuantizeLinear has rounded.
     """
     weight = _integers(builder, readers[0], name, encoded, _signed(encoded).t())
     scales = builder.initializer(f"{name}.scales", encoded.scales[:, 0].contiguous().numpy())

@@ -35,10 +35,9 @@ from compress.encoding import Encoded, EncodedWeight, pack
 from compress.exporters.onnx_activations import (
     integer_convolution,
     integer_filter,
-    integer_input,
     integer_product,
     is_integer_weight,
-    static_input,
+    rounded_input,
     static_product,
 )
 
@@ -79,9 +78,10 @@ def lower_weights(
         kinds = {kind for kind, _, _ in uses}
         nodes = [node for _, node, _ in uses]
         whole = encoded.dtype == torch.float32  # integer products give float32
-        if whole and kinds == {"linear"} and is_integer_weight(encoded) and all(map(integer_input, nodes)):
+        integers = whole and kinds == {"linear"} and is_integer_weight(encoded)
+        if integers and all(rounded_input(node, "DynamicQuantizeLinear") for node in nodes):
             form = integer_product(builder, name, encoded, nodes)
-        elif whole and kinds == {"linear"} and is_integer_weight(encoded) and all(map(static_input, nodes)):
+        elif integers and all(rounded_input(node, "QuantizeLinear") for node in nodes):
             form = static_product(builder, name, encoded, nodes)
         elif whole and len(uses) == 1 and (conv := integer_convolution(nodes[0], encoded)):
             form = integer_filter(builder, name, encoded, conv)

@@ -29,7 +29,7 @@ from compress.calibration import Statistics, Update
 from compress.encoding import EncodedWeight, IntEncoding, encode
 from compress.graph import Graph, Site
 from compress.observe import Histogram, observe
-from compress.passes.quantize_weights import WORTH_IT, Quantizer, change
+from compress.passes.quantize_weights import Quantizer, change, declined
 from compress.passes.solvers.ranges import Method, choose_grid, rounding_error
 from compress.passes.solvers.saturation import saturation_free
 from compress.pipeline import Context, Note, Pass, PassResult
@@ -177,15 +177,10 @@ class QuantizeActivations(Pass):
         return [s for s in sites if s.weight not in reasons]
 
     def _declined(self, graph: Graph, site: Site) -> str | None:
-        if site.weight in graph.encodings:
-            return f"already {graph.encodings[site.weight].encoding}"
-        weight, encoding = graph.tensors[site.weight], self._weight_only(site.kind)
-        rows, columns = weight.shape[0], weight[0].numel()
-        saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
-        if not weight.is_floating_point():
-            return f"{weight.dtype} is not a floating-point weight"
-        if saved < WORTH_IT and site.kind != "conv":
-            return f"only {max(saved, 0)} bytes to save; left as it is"
+        encoding = self._weight_only(site.kind)
+        if reason := declined(graph, site, encoding, at_any_size=site.kind == "conv"):
+            return reason
+        columns = graph.tensors[site.weight][0].numel()
         if site.kind == "embedding" and columns % encoding.width(columns):
             return f"{columns} columns are no multiple of {encoding.width(columns)}; left as it is"
         return None

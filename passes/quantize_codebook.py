@@ -22,7 +22,7 @@ from compress.calibration import Need, Statistics
 from compress.codebook import CodebookEncoding, CodebookWeight, Table, encode_codebook
 from compress.errors import PassError
 from compress.graph import Graph, Site
-from compress.passes.quantize_weights import WORTH_IT, change
+from compress.passes.quantize_weights import change, declined
 from compress.passes.solvers.codebook_descent import codebook_descent
 from compress.passes.solvers.codebooks import fit_codebook
 from compress.passes.solvers.compose import importance
@@ -73,9 +73,8 @@ class QuantizeCodebook(Pass):
         notes: list[Note] = []
 
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> CodebookWeight | None:
-            declined = self._declined(graph, site, weight, encoding)
-            if declined:
-                notes.append(Note(site.name, declined))
+            if reason := declined(graph, site, encoding):
+                notes.append(Note(site.name, reason))
                 return None
             encoded = quantized_codebook(weight, statistics, encoding, method=self.method)
             changes.append(change(site, weight, encoded, statistics))
@@ -84,17 +83,6 @@ class QuantizeCodebook(Pass):
         needs: frozenset[Need] = frozenset({"diag", "H"} if self.method == "descent" else {"diag"})
         result = context.sweep(graph, self.select(graph), visit, needs)
         return PassResult(result, tuple(changes), tuple(notes))
-
-    def _declined(self, graph: Graph, site: Site, weight: Tensor, encoding: CodebookEncoding) -> str | None:
-        if site.weight in graph.encodings:
-            return f"already {graph.encodings[site.weight].encoding}"
-        if not weight.is_floating_point():
-            return f"{weight.dtype} is not a floating-point weight"
-        stored = encoding.nbytes(weight.shape[0], weight[0].numel())
-        saved = weight.numel() * weight.element_size() - stored
-        if saved < WORTH_IT:
-            return f"only {max(saved, 0)} bytes to save; left as it is"
-        return None
 
 
 def quantized_codebook(

@@ -24,7 +24,7 @@ from compress.float8 import LARGEST, Float8Encoding, encode_float8
 from compress.graph import Graph, Site
 from compress.observe import Largest, observe
 from compress.passes.quantize_activations import eligible, round_inputs, source_of
-from compress.passes.quantize_weights import WORTH_IT, Quantizer, change
+from compress.passes.quantize_weights import Quantizer, change, declined
 from compress.passes.solvers.compose import importance
 from compress.passes.solvers.float8 import fit_float8
 from compress.pipeline import Context, Note, Pass, PassResult
@@ -57,12 +57,11 @@ class QuantizeFP8(Pass):
         notes: list[Note] = []
         sites = []
         for site in self.select(graph):
-            if reason := _declined(graph, site):
+            if reason := declined(graph, site, Float8Encoding()):
                 notes.append(Note(site.name, reason))
             else:
                 sites.append(site)
-        declined = {note.site for note in notes}
-        rounded = self._round(graph, [s for s in sites if s.name not in declined], context, notes)
+        rounded = self._round(graph, sites, context, notes)
         quantizer = Quantizer(graph, method="descent")
         needs: frozenset[Need] = quantizer.needs if self.method == "descent" else frozenset({"diag", "mean"})
 
@@ -94,14 +93,3 @@ class QuantizeFP8(Pass):
         scales = {name: (largest.value / LARGEST or 1.0,) for name, largest in seen.items()}
         round_inputs(graph, found, FLOAT8, scales)
         return {s.weight for s in found}
-
-
-def _declined(graph: Graph, site: Site) -> str:
-    if site.weight in graph.encodings:
-        return f"already {graph.encodings[site.weight].encoding}"
-    weight = graph.tensors[site.weight]
-    if not weight.is_floating_point():
-        return f"{weight.dtype} is not a floating-point weight"
-    stored = Float8Encoding().nbytes(weight.shape[0], weight[0].numel())
-    saved = weight.numel() * weight.element_size() - stored
-    return f"only {max(saved, 0)} bytes to save; left as it is" if saved < WORTH_IT else ""

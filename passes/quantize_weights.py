@@ -12,7 +12,7 @@ that is the minimiser of the output error over codes and bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -26,6 +26,30 @@ from compress.pipeline import Change, Context, Note, Pass, PassResult
 
 WORTH_IT = 512
 """Bytes a weight must save: below, the operators that decode it take more room in the file."""
+
+
+class Sized(Protocol):
+    """A form of weights."""
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of ``[rows, columns]`` in it."""
+
+
+def declined(graph: Graph, site: Site, form: Sized, *, at_any_size: bool = False) -> str | None:
+    """Why a weight is not stored in a form: it has one, is no float, or saves too little; None if it is.
+
+    Args:
+        at_any_size: where something else than bytes is gained.
+    """
+    if site.weight in graph.encodings:
+        return f"already {graph.encodings[site.weight].encoding}"
+    weight = graph.tensors[site.weight]
+    if not weight.is_floating_point():
+        return f"{weight.dtype} is not a floating-point weight"
+    saved = weight.numel() * weight.element_size() - form.nbytes(weight.shape[0], weight[0].numel())
+    if saved < WORTH_IT and not at_any_size:
+        return f"only {max(saved, 0)} bytes to save; left as it is"
+    return None
 
 
 class QuantizeWeights(Pass):
@@ -75,27 +99,17 @@ class QuantizeWeights(Pass):
         quantizer = Quantizer(graph, self.scales, self.method, self.bias_correction)
 
         def visit(site: Site, weight: Tensor, statistics: Statistics | None) -> Update | None:
-            declined = self._declined(site, weight, encoding)
-            if site.weight in graph.encodings:
-                declined = f"already {graph.encodings[site.weight].encoding}"
-            if declined:
-                notes.append(Note(site.name, declined))
+            columns = weight[0].numel()
+            reason = declined(graph, site, encoding)
+            if reason is None and site.kind == "embedding" and columns % encoding.width(columns):
+                reason = f"{columns} columns are no multiple of group_size {self.group_size}; left as it is"
+            if reason is not None:
+                notes.append(Note(site.name, reason))
                 return None
             return quantizer.update(site, weight, statistics, encoding)
 
         result = context.sweep(graph, self.select(graph), visit, quantizer.needs)
         return PassResult(result, tuple(quantizer.changes), (*notes, *quantizer.notes))
-
-    def _declined(self, site: Site, weight: Tensor, encoding: IntEncoding) -> str | None:
-        if not weight.is_floating_point():
-            return f"{weight.dtype} is not a floating-point weight"
-        rows, columns = weight.shape[0], weight[0].numel()
-        saved = weight.numel() * weight.element_size() - encoding.nbytes(rows, columns)
-        if saved < WORTH_IT:
-            return f"only {max(saved, 0)} bytes to save; left as it is"
-        if site.kind == "embedding" and columns % encoding.width(columns):
-            return f"{columns} columns are no multiple of group_size {self.group_size}; left as it is"
-        return None
 
 
 class Quantizer:

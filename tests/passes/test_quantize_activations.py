@@ -80,15 +80,15 @@ def test_linear_layers_on_calibrated_ranges() -> None:
     result = run(make("encoder"), [example.inputs(8)], example.inputs(2), **options)
     nodes = {n.name: n for n in result.graph.ops.nodes if n.target is STATIC}
     layers = {s.name: result.graph.node(s.node) for s in result.graph.sites() if s.kind == "linear"}
-    sources = {name: node.args[0] for name, node in layers.items()}
+    sources: dict[str, Any] = {name: node.args[0] for name, node in layers.items()}
     assert len(nodes) == 3 and set(sources.values()) == set(nodes.values())
     assert sources["q"] is sources["k"] is sources["v"]
-    assert list(sources["q"].users) == [layers["q"], layers["k"], layers["v"]]  # type: ignore[union-attr]
+    assert list(sources["q"].users) == [layers["q"], layers["k"], layers["v"]]
     module, seen = make("encoder"), []
     module.get_submodule("up").register_forward_hook(lambda _, given, __: seen.append(given[0]))
     with torch.no_grad():
         module(*example.inputs(8))
-    _, scale, zero = sources["up"].args  # type: ignore[union-attr]
+    _, scale, zero = sources["up"].args
     assert zero == 128 and scale == pytest.approx(float(seen[0].abs().max()) / 127, rel=1e-5)
     for want, have in zip(
         result.reference.run(example.inputs(3)), result.graph.run(example.inputs(3)), strict=True

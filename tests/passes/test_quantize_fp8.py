@@ -67,8 +67,8 @@ def test_scales_of_activations_are_those_of_the_largest_value() -> None:
 
 
 def test_weights_only() -> None:
-    for options, calibrated in (({"activations": "none"}, True), ({}, False)):
-        _, result = run("encoder", QuantizeFP8(**options), calibrated=calibrated)  # type: ignore[arg-type]
+    for step, calibrated in ((QuantizeFP8(activations="none"), True), (QuantizeFP8(), False)):
+        _, result = run("encoder", step, calibrated=calibrated)
         assert not roundings(result.graph) and result.graph.encodings
         told = [n.reason for n in result.report.passes[0].notes if "need calibration data" in n.reason]
         assert bool(told) is not calibrated
@@ -87,8 +87,8 @@ def test_two_of_four_survives_and_bytes_are_exact() -> None:
 
 def test_descent_helps() -> None:
     errors = []
-    for method in ("rtn", "descent"):
-        module, result = run("encoder", QuantizeFP8(method=method, activations="none"))  # type: ignore[arg-type]
+    for step in (QuantizeFP8(method="rtn", activations="none"), QuantizeFP8(activations="none")):
+        module, result = run("encoder", step)
         inputs = MODELS["encoder"].inputs(8)
         with torch.no_grad():
             errors.append((module(*inputs)["hidden"] - result.graph.run(inputs)[0]).norm().item())
