@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
+from torch import nn
 
 import compress
 from compress.activations import STATIC
 from compress.errors import VerificationError
-from compress.exporters.proof import prove
+from compress.exporters import find
+from compress.exporters.proof import _HALF, _SINGLE, prove
 from compress.passes.cleanup import Cleanup
 from compress.passes.quantize_activations import QuantizeActivations
+from compress.progress import Silent
 from compress.testing import MODELS, make
 from tests.passes.test_quantize_activations import images, residual
 
@@ -52,6 +57,56 @@ def test_another_grid_is_found(static: compress.Artifact) -> None:
     node.update_arg(2, node.args[2] - 1)
     with pytest.raises(VerificationError, match="other codes"):
         prove(static.path, graph, static.lowered, [[images(4, 3)]])
+
+
+class Small(nn.Sequential):
+    """Activations of 16 and 64 values, so that one tie is a large share of them."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def small(seed: int, recipe: str) -> compress.Result:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module, rows = Small().eval(), [torch.randn(1, 64) for _ in range(24)]
+    return compress.run(module, recipe, inputs=["!1,64"], calibration=rows)
+
+
+@pytest.mark.parametrize("recipe", ["int8-static", "fp8"])
+def test_ties_among_few_values_are_ties(recipe: str, tmp_path: Path) -> None:
+    for seed in range(7):
+        result = small(seed, recipe)
+        trials = [list(sample) for sample in result.samples]
+        found = find("tensorrt", gpu="sm89")._write(result.graph, tmp_path / "m.onnx", {}, trials, Silent())
+        assert found[2] > 50
+
+
+@pytest.mark.parametrize("wrong", ["bias", "scales"])
+def test_one_wrong_row_among_few_is_found(wrong: str, tmp_path: Path) -> None:
+    result = small(0, "int8-static")
+    artifact = compress.export(result.graph, tmp_path / "m.onnx", samples=result.samples)
+    model = onnx.load(artifact.path)
+    tensor = next(t for t in model.graph.initializer if t.name.startswith("0.") and wrong in t.name)
+    values = numpy_helper.to_array(tensor).copy()
+    row = int(values.argmax())  # one that ReLU lets through
+    values[row] = values[row] * 1.1
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(VerificationError, match="other codes"):
+        prove(tmp_path / "wrong.onnx", artifact.graph, artifact.lowered, result.samples)
+
+
+@pytest.mark.parametrize("ties", [_SINGLE, _HALF])
+def test_how_many_ties_chance_makes(ties: Any) -> None:
+    for count in (1, 16, 64, 400, 2000, 10**6, 10**9):
+        most = ties.allowed(count)
+        assert most >= ties.share * count
+        assert most == ties.share * count or count <= 2000
+        expected = torch.tensor(ties.measured * count, dtype=torch.float64)
+        at_most = torch.special.gammaincc(torch.tensor(most // 1 + 1.0, dtype=torch.float64), expected)
+        assert float(at_most) > 1 - 1e-6
+    assert _SINGLE.allowed(16) == 1 and _HALF.allowed(16) == 5
 
 
 def test_dynamic_roundings(tmp_path: Path) -> None:
