@@ -45,7 +45,7 @@ class Plugin:
         columns: the constant, by name, and its axis, that is as long as the last axis of y. The kernel is
             compiled for its type, and for that of the first input.
         attributes: lists of whole numbers in the node. All have `gpu` before them, the compute capability the
-            codes are ordered for, such as 90.
+            codes are ordered for, such as 90. Others that a node has TensorRT does not read.
     """
 
     inputs: tuple[str, ...]
@@ -144,7 +144,7 @@ def _register(trtp: Any, name: str, plugin: Plugin) -> None:
         descs, numbers = arguments[:count], arguments[count : count + attributes]
         _, tactic = arguments[count + attributes :]
         launch = choices(descs, *numbers)[tactic - 1]
-        m = functools.reduce(operator.mul, rows_of(descs))
+        m = functools.reduce(operator.mul, rows_of(descs), trtp.ShapeExpr(1))
         return (launch.ptx.name, launch.ptx.text, *_launch(trtp, launch, m))
 
     plugin_id = f"{NAMESPACE}::{name}"

@@ -157,6 +157,7 @@ def main() -> None:
     half, whole = trt.float16, trt.int32
     shapes = [(-1, -1, 4096), (256, 64, 32, 4), (16, 4080, 2), (16, 4080)]
     found = {"w4_matmul": build("w4_matmul", 90, shapes, [half, whole, half, whole])}
+    found["w4_matmul, vector"] = build("w4_matmul", 90, [(4096,), *shapes[1:]], [half, whole, half, whole])
     shapes = [(-1, 4096), (256, 32, 32, 4), (256, 32, 32, 2), (32, 4080, 4), (32, 4080)]
     kinds = [half, whole, whole, half, whole]
     found["w4_sparse24_matmul"] = build("w4_sparse24_matmul", 80, shapes, kinds)
