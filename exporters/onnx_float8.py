@@ -1,7 +1,7 @@
 """Float8 weights in ONNX: FLOAT8E4M3FN codes -> Cast -> Mul, which ONNX Runtime folds when it loads the file.
 
-The file is as small as the encoding says; speed and memory are those of a float weight, for there are no
-processors that multiply 8-bit floats. What TensorRT reads is in `compress.exporters.tensorrt_weights`.
+The file is as small as the encoding says; speed and memory are those of a float weight: ONNX Runtime's CPU
+kernels do not multiply 8-bit floats. What TensorRT reads is in `compress.exporters.tensorrt_weights`.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ def _form(encoded: EncodedWeight, gpu: int, sparse: bool) -> tuple[str, tuple[Te
     if encoded.zero_points is None or columns % 16:
         return None
     try:
+        # its zero points are there, which a type of `arguments` cannot say
         return "w4_matmul", w4.packed(*arguments, gpu)  # type: ignore[arg-type]
     except PassError:
         return None

@@ -15,10 +15,11 @@ linear, 8 bits, groups     INT8 -> DequantizeLinear (axis 1,        packed; deco
                            blocks) -> the product                   layer of its own
 float8                     FLOAT8E4M3FN -> DequantizeLinear (axis   as 8 bits, whole rows
                            0) -> the product or Gather
-convolution                either (-> Reshape) -> Conv              the same
-linear or convolution,     INT8 or FLOAT8E4M3FN ->                  a product or convolution of 8 bits
-8-bit input                DequantizeLinear (axis 0) -> the
-                           product or Conv
+convolution                either (-> Reshape) -> Conv              packed; decoded on every call by a
+                                                                    layer of its own
+linear or convolution,     INT8 or FLOAT8E4M3FN ->                  a product or convolution of 8 bits, but
+8-bit input                DequantizeLinear (axis 0) -> the         for 1 of the 21 float8 weights of a
+                           product or Conv                          ResNet-18, which is decoded apart
 codebook, bitmap, cores    a float weight, decoded at export        a float weight
 ========================== ======================================== =======================================
 

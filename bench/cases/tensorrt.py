@@ -84,7 +84,7 @@ def _model(name: str, make: Model, setup: Setup) -> Iterator[Measurement]:
         sizes = ", ".join(f"sm{n} {size / MB:.2f}" for n, size in built.items())
         yield measured(f"{what}: engines for one GPU", sizes, "MB")
         onnx = compress.export(result.graph, setup.work / "model.onnx", samples=result.samples[:1])
-        yield true(f"{what}: the same graph in ONNX Runtime is proven", onnx.proof_db >= 25)
+        yield measured(f"{what}: the same graph in ONNX Runtime, against the graph", onnx.proof_db, "dB")
 
 
 def weights(graph: compress.Graph) -> int:

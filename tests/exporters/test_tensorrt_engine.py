@@ -167,7 +167,8 @@ def test_sizes_out_of_order(tmp_path: Path) -> None:
 
 class Watch:
     def __init__(self, at: int = -1) -> None:
-        self.at, self.told = at, []  # type: ignore[var-annotated]
+        self.at = at
+        self.told: list[Any] = []
 
     def start(self, title: str, total: int) -> None:
         self.told.append((title, total))
