@@ -226,6 +226,9 @@ fake_quantize.register_autograd(_straight_through, setup_context=_keep)
 fake_quantize_float8.register_autograd(_straight_through_float8, setup_context=_keep_float8)
 # the range is that of the values, so none is clipped
 fake_quantize_dynamic.register_autograd(lambda ctx, gradient: gradient)
+# bfloat16 has too few digits for places on a grid of 256
+for _quantizer in (fake_quantize, fake_quantize_dynamic, fake_quantize_float8):
+    _quantizer.register_autocast("cpu", torch.float32)
 
 
 STATIC = torch.ops.compress.fake_quantize.default

@@ -136,12 +136,17 @@ def with_hidden(loss: Loss, outputs: int, weight: float) -> Loss:
     """
 
     def both(found: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
-        pairs = zip(found[outputs:], wanted[outputs:], strict=True)
-        errors = torch.stack([(ours - theirs).float().square().mean() for ours, theirs in pairs])
-        variances = torch.stack([theirs.float().var(correction=0) for theirs in wanted[outputs:]])
+        pairs = [(a.float(), b.float()) for a, b in zip(found[outputs:], wanted[outputs:], strict=True)]
+        errors = torch.stack([mean_square(ours - theirs) for ours, theirs in pairs])
+        variances = torch.stack([mean_square(theirs - theirs.mean()) for _, theirs in pairs])
         # values that are all the same, such as those of dead activations, have no scale to measure errors by
         least = (_CONSTANT * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
         errors = torch.where(variances > least, errors / variances.clamp(min=least), 0.0)
         return loss(found[:outputs], wanted[:outputs], labels) + weight * errors.mean()
+
+    def mean_square(values: Tensor) -> Tensor:
+        # of its equals the one whose gradients keep the layout in memory: of others they come row by row, and
+        # mixing layouts takes as long as the convolutions
+        return torch.linalg.vector_norm(values).square() / values.numel()
 
     return both

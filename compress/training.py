@@ -8,6 +8,10 @@ Half-precision weights are trained as float32 and rounded where they are used.
 Dropout is off, as captured. Batch normalisation that is still in the graph keeps its running statistics, or
 (`batch_norm: train`) uses those of each batch and updates the running ones, by which it is judged: pruning
 shifts what a layer reads, and running statistics can follow, at the price of the noise of batches.
+
+With `precision: bfloat16` products and convolutions of both graphs are in bfloat16 while training, forwards
+and backwards (mixed precision, Micikevicius et al. 2018, section 3). What is trained, the loss, the optimizer
+and what is measured on held-out samples stay float32, so values are judged as they will be used.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from compress.statistics import HELD_OUT_EVERY
 
 Optimizer = Literal["adam", "sgd"]
 BatchNorm = Literal["frozen", "train"]
+Precision = Literal["float32", "bfloat16"]
 
 _HELD_OUT = 512
 """Samples kept apart at most: choosing one of a few dozen checkpoints takes no more."""
@@ -222,6 +227,7 @@ class Plan:
         batch_norm: which statistics it uses in training: its running ones, or those of the batch.
         seed: of order and augmentation.
         hidden: weight of the hidden values in the loss (`compress.losses.with_hidden`).
+        precision: of products and convolutions in training, of both graphs.
     """
 
     epochs: float
@@ -232,6 +238,7 @@ class Plan:
     batch_norm: BatchNorm = "frozen"
     seed: int = 0
     hidden: float = 0.0
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -307,6 +314,7 @@ def fit(
             parts.append(float(loss(ours, target, batch.labels)))
         return math.fsum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)
 
+    mixed = plan.precision == "bfloat16"
     optimizer = _optimizer(list(trainee.variables.values()), plan)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     look = max(1, total // _CHECKPOINTS)
@@ -332,8 +340,12 @@ def fit(
         rows, order = order[:size], order[size:]
         for batch in samples.take(rows):
             inputs = augmented(batch.inputs, plan.augment, generator)
-            target = reference.run(_copies(inputs, channels_last))
-            value = loss(trainee.run(_copies(inputs, channels_last)), target, batch.labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                target = reference.run(_copies(inputs, channels_last))
+                ours = trainee.run(_copies(inputs, channels_last))
+            if mixed:
+                ours, target = _widened(ours), _widened(target)
+            value = loss(ours, target, batch.labels)
             if not value.requires_grad:
                 raise PassError(
                     "the loss does not depend on the outputs of the graph", expected="one that does"
@@ -351,6 +363,17 @@ def _copies(inputs: Iterable[Tensor], channels_last: bool) -> list[Tensor]:
     """A model may write into its inputs, which others still have to read."""
     last, same = torch.channels_last, torch.preserve_format
     return [t.clone(memory_format=last if channels_last and is_images(t) else same) for t in inputs]
+
+
+def _widened(outputs: Sequence[Any]) -> list[Any]:
+    """Outputs with float32 in place of bfloat16."""
+    return [y.float() if isinstance(y, Tensor) and y.dtype == torch.bfloat16 else y for y in outputs]
+
+
+def bfloat16_pays() -> bool:
+    """Whether this processor multiplies bfloat16 itself; others emulate it, slower than float32."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _channels_last_pays(graph: Graph) -> bool:

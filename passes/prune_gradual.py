@@ -69,5 +69,5 @@ class PruneGradual(Recover):
 
         fitted = self._fit(graph, context, prune)
         return PassResult(
-            fitted.graph, tuple(self._changes(graph, fitted.graph)), (*notes, self._told(fitted))
+            fitted.graph, tuple(self._changes(graph, fitted.graph)), (*notes, *self._told(fitted))
         )

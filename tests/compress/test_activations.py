@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.activations import DYNAMIC, STATIC, Grid, saturates, summation_order
+from compress.activations import DYNAMIC, FLOAT8, STATIC, Grid, saturates, summation_order
 
 
 def linear(x: np.ndarray, scale: np.float32, zero: int) -> np.ndarray:
@@ -84,3 +84,13 @@ def test_operators_pass_torch_opcheck() -> None:
     x = noise((3, 5), 0, 0.5)
     torch.library.opcheck(STATIC, (x, 0.1, 7))
     torch.library.opcheck(DYNAMIC, (x,))
+
+
+@pytest.mark.parametrize("operator", [STATIC, DYNAMIC, FLOAT8])
+def test_rounded_in_float32_within_mixed_precision(operator: torch._ops.OpOverload) -> None:
+    x = noise((64, 64), 0, 0.3).bfloat16()
+    arguments = {STATIC: (0.02, 100), DYNAMIC: (), FLOAT8: (0.01,)}[operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = operator(x, *arguments)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, operator(x.float(), *arguments))

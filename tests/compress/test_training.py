@@ -229,3 +229,54 @@ def test_models_that_need_row_major_order_train_in_it(how: str) -> None:
     plan = Plan(6, 8, 5e-3, "adam")
     fitted = fit(start, trainable(start, start.sites()), graph, data, kl_loss(graph, 1.0), plan)
     assert fitted.after < 0.9 * fitted.before
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_in_bfloat16_the_same_is_learned(batch_norm: BatchNorm) -> None:
+    torch.manual_seed(0)
+    graph = compress.capture(ViewsAfterConvolving().eval(), (torch.randn(2, 3, 6, 7),))
+    data = load_calibration([torch.randn(60, 3, 6, 7)], inputs=graph.inputs)
+    start = graph.copy()
+    weight = graph.tensors["conv.weight"] + 0.3 * torch.randn(5, 3, 3, 3)
+    start.tensors["conv.weight"] = weight.masked_fill(torch.rand(weight.shape) < 0.3, 0.0)
+    kl = kl_loss(graph, 1.0)
+    rounded: dict[bool, list[bool]] = {}
+
+    def watched(outputs: Sequence[Any], wanted: Sequence[Any], labels: torch.Tensor | None) -> torch.Tensor:
+        for y in (outputs[0].detach(), wanted[0]):
+            assert y.dtype == torch.float32
+            # the held-out samples are measured without gradients
+            rounded.setdefault(outputs[0].requires_grad, []).append(torch.equal(y, y.bfloat16().float()))
+        return kl(outputs, wanted, labels)
+
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        rounded.clear()
+        plan = Plan(6, 8, 3e-2, "sgd", batch_norm=batch_norm, hidden=1.0, precision=precision)
+        found[precision] = fit(start, trainable(start, start.sites()), graph, data, watched, plan)
+        assert set(rounded[True]) == {precision == "bfloat16"} and not any(rounded[False])
+    single, mixed = found["float32"], found["bfloat16"]
+    assert single.before == mixed.before
+    assert single.after < 0.5 * single.before
+    assert mixed.after == pytest.approx(single.after, abs=0.03 * single.before)
+    for name, tensor in mixed.graph.tensors.items():
+        assert tensor.dtype == single.graph.tensors[name].dtype
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, single.graph.tensors[name], rtol=0.02, atol=0.02)
+    assert torch.equal(mixed.graph.tensors["conv.weight"] == 0, start.tensors["conv.weight"] == 0)
+
+
+def test_gradients_in_bfloat16_point_the_same_way() -> None:
+    graph = compress.capture(make("convnet"), MODELS["convnet"].inputs(2))
+    names = trainable(graph, graph.sites())
+    x = MODELS["convnet"].inputs(16)
+    found = []
+    for mixed in (False, True):
+        trainee = Trainee(graph, names)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            (logits, *_) = trainee.run(x)
+        loss = logits.float().square().mean()
+        found.append(torch.autograd.grad(loss, [trainee.variables[name] for name in names]))
+    for name, single, rounded in zip(names, *found, strict=True):
+        assert rounded.dtype == torch.float32
+        assert float(torch.cosine_similarity(single.flatten(), rounded.flatten(), 0)) > 0.99, name

@@ -58,9 +58,9 @@ def context(graph: compress.Graph, count: int = 400, seed: int = 0) -> Context:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("pruning", [0.5, 1.0])
+@pytest.mark.parametrize(("pruning", "precision"), [(0.5, "float32"), (1.0, "float32"), (0.5, "bfloat16")])
 def test_exactly_as_many_as_asked_for_and_zeros_only_grow(
-    trained: compress.Graph, scope: str, pruning: float, monkeypatch: pytest.MonkeyPatch
+    trained: compress.Graph, scope: str, pruning: float, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = PruneMagnitude(sparsity=0.3, refit=False).apply(trained, Context(trained)).graph
     counts: list[int] = []
@@ -75,7 +75,7 @@ def test_exactly_as_many_as_asked_for_and_zeros_only_grow(
             counts.append(sum(int((v == 0).sum()) for n, v in trainee.values().items() if n in masks))
 
     monkeypatch.setattr(Trainee, "prune", watched)
-    options = {"scope": scope, "pruning": pruning, "stages": 5, "epochs": 4}
+    options = {"scope": scope, "pruning": pruning, "precision": precision, "stages": 5, "epochs": 4}
     result = PruneGradual(sparsity=0.85, **options).apply(before, context(trained))  # type: ignore[arg-type]
     new = {name: result.graph.weight(name) for name in ("0.weight", "3.weight")}
     if scope == "global":

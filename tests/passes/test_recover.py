@@ -51,10 +51,12 @@ def losses(result: PassResult) -> tuple[float, float]:
     return float(words[2]), float(words[4])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("loss", ["kl", "labels", "mse"])
-def test_zeros_stay_and_the_loss_falls(loss: str) -> None:
+def test_zeros_stay_and_the_loss_falls(loss: str, precision: str) -> None:
     prune = PruneMagnitude(sparsity=0.7, refit=False, ignore=("fc1",))
-    _, before, result = recovered("convnet", prune, labelled=True, loss=loss, ignore=("depthwise",))
+    options = {"labelled": True, "loss": loss, "precision": precision}
+    _, before, result = recovered("convnet", prune, ignore=("depthwise",), **options)
     for site in before.sites():
         old, new = before.weight(site.weight), result.graph.weight(site.weight)
         assert torch.equal(old == 0, new == 0)
@@ -65,6 +67,7 @@ def test_zeros_stay_and_the_loss_falls(loss: str) -> None:
     assert new_loss < (1.0 if loss == "labels" else 0.7) * old_loss
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -75,9 +78,9 @@ def test_zeros_stay_and_the_loss_falls(loss: str) -> None:
     ],
     ids=lambda p: str(p.name),
 )
-def test_codes_stay_and_scales_learn(damage: Pass) -> None:
+def test_codes_stay_and_scales_learn(damage: Pass, precision: str) -> None:
     prune = PruneMagnitude(sparsity=0.5, refit=False)
-    _, before, result = recovered("convnet", prune, damage, loss="mse")
+    _, before, result = recovered("convnet", prune, damage, loss="mse", precision=precision)
     after = result.graph
     assert before.encodings
     assert after.encodings.keys() == before.encodings.keys()
@@ -91,9 +94,10 @@ def test_codes_stay_and_scales_learn(damage: Pass) -> None:
     assert new_loss < old_loss
 
 
-def test_tied_weights_stay_tied() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tied_weights_stay_tied(precision: str) -> None:
     damage = PruneMagnitude(sparsity=0.5, refit=False, targets=("linear", "embedding"))
-    _, before, result = recovered("tied_lm", damage, loss="kl")
+    _, before, result = recovered("tied_lm", damage, loss="kl", precision=precision)
     readers = [s.weight for s in result.graph.sites()]
     assert readers == [s.weight for s in before.sites()]
     assert readers.count("embed.weight") == 2
@@ -122,8 +126,9 @@ def test_outputs_of_any_structure_and_a_loss_of_ones_own() -> None:
 
     damage = QuantizeWeights(bits=2, group_size=16, method="rtn", scales="absmax")
     for loss in ("auto", pooled_only):
-        _, _, result = recovered("encoder", damage, loss=loss)
-        assert losses(result)[1] < losses(result)[0]
+        for precision in ("float32", "bfloat16"):
+            _, _, result = recovered("encoder", damage, loss=loss, hidden=0.1, precision=precision)
+            assert losses(result)[1] < losses(result)[0]
     assert Recover(loss=pooled_only).options()["loss"].endswith("pooled_only")
     assert "pooled" not in str(Recover.model_json_schema())
 
@@ -191,3 +196,12 @@ def test_hidden_values_are_learned_too() -> None:
 def test_mixed_images_have_no_labels() -> None:
     with pytest.raises(ValidationError, match="which has no label"):
         Recover(loss="labels", augment=("crop", "cutmix"))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.training.torch.cpu.get_capabilities", lambda: {"avx512_bf16": pays})
+    for precision in ("float32", "bfloat16"):
+        _, _, result = recovered("convnet", precision=precision, epochs=1)
+        told = [note.reason for note in result.notes if "has no bfloat16" in note.reason]
+        assert bool(told) == (precision == "bfloat16" and not pays)
