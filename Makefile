@@ -47,7 +47,7 @@ typed: .venv/.ready
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 bench: .venv/.bench-ready
-	$(BIN)/python bench/run.py --quick
+	$(BIN)/python bench/run.py --quick --jobs 2
 
 clean:
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis

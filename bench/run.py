@@ -1,6 +1,6 @@
 """Runs the benchmark cases and shows each measurement beside its target.
 
-    python bench/run.py [CASE ...] [--quick] [--data DIR] [--list] [--out DIR]
+    python bench/run.py [CASE ...] [--quick [--jobs N]] [--data DIR] [--list] [--out DIR]
     python bench/run.py kernels --gpu
 
 Every case runs in a process of its own, so that its peak memory is its own. Results go to
@@ -19,8 +19,11 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ if "bench" not in sys.modules:  # the root must stay off sys.path: `passes` and 
 from bench.cases import CASES, Case  # noqa: E402
 from bench.measure import Setup, all_hold, environment, fingerprint, rounded  # noqa: E402
 
+_printing = threading.Lock()
 _console = Console(width=None if sys.stdout.isatty() else 118)
 
 
@@ -64,6 +68,9 @@ def default_data() -> Path | None:
 )
 @click.option("--threads", default=1, show_default=True, help="Threads of everything that computes.")
 @click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Cases at a time; only with --quick."
+)
+@click.option(
     "--child", hidden=True, type=click.Path(path_type=Path), help="Run here, write the result there."
 )
 def main(
@@ -75,6 +82,7 @@ def main(
     tune: bool,
     gate: bool | None,
     threads: int,
+    jobs: int,
     child: Path | None,
 ) -> None:
     """Run benchmark cases (all without a name) and hold each measurement against its target."""
@@ -85,6 +93,8 @@ def main(
     cases = [CASES[n] for n in names or CASES]
     if tune and names != ("kernels",):
         raise click.UsageError("--gpu is for one case: bench/run.py kernels --gpu")
+    if jobs > 1 and not quick:
+        raise click.UsageError("--jobs is for --quick: what is a record has the machine to itself")
     if only_list:
         _list(cases, data)
     elif child is not None:
@@ -96,7 +106,9 @@ def main(
                 "the tests are red; no benchmark is reported (--no-gate to look anyway)"
             )
         began = time.perf_counter()
-        outcomes = [run_case(c, quick, data, out.resolve(), threads, tune) for c in cases]
+        with ThreadPoolExecutor(jobs) as pool:  # each waits for a process
+            run = partial(run_case, quick=quick, data=data, out=out.resolve(), threads=threads, tune=tune)
+            outcomes = list(pool.map(partial(run, alone=jobs == 1), cases))
         if len(cases) > 1:
             _conclude(outcomes, time.perf_counter() - began)
         crashed = [o.case for o in outcomes if o.crashed]
@@ -131,37 +143,56 @@ class Outcome:
 
 
 def run_case(
-    case: Case, quick: bool, data: Path | None, out: Path, threads: int = 1, tune: bool = False
+    case: Case,
+    quick: bool,
+    data: Path | None,
+    out: Path,
+    threads: int = 1,
+    tune: bool = False,
+    alone: bool = True,
 ) -> Outcome:
-    """Run one case in a process of its own, print and write its result."""
+    """Run one case in a process of its own, print and write its result.
+
+    Args:
+        alone: whether no other runs at the same time; otherwise all that it prints comes in one piece.
+    """
     reason = case.missing(data)
     if reason:
         _console.print(f"[bold]{case.name}[/] skipped: {reason}", highlight=False)
         return Outcome(case.name, reason)
-    _console.print(f"[bold]{case.name}[/]: {case.shows}", highlight=False)
+    title = f"[bold]{case.name}[/]: {case.shows}"
+    if alone:
+        _console.print(title, highlight=False)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         result = Path(folder) / "result.json"
         words = [sys.executable, "-P", str(Path(__file__).resolve()), case.name, "--child", str(result)]
         words += ["--quick"] * quick + ["--gpu"] * tune + (["--data", str(data)] if data else [])
         limits = {n: str(threads) for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
         limits["TOKENIZERS_PARALLELISM"] = "false"
-        code = subprocess.run(words, cwd=ROOT, env={**os.environ, **limits}, check=False).returncode
-        if code or not result.exists():
-            _console.print(f"[red]{case.name} crashed[/] (exit code {code})", highlight=False)
+        streams = {} if alone else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done: Any = subprocess.run(words, cwd=ROOT, env={**os.environ, **limits}, check=False, **streams)
+        found = json.loads(result.read_text()) if not done.returncode and result.exists() else None
+    with _printing:
+        if not alone:
+            _console.print(title, highlight=False)
+            _console.print(done.stdout, highlight=False, markup=False, soft_wrap=True)
+        if found is None:
+            _console.print(f"[red]{case.name} crashed[/] (exit code {done.returncode})", highlight=False)
             return Outcome(case.name)
-        found = json.loads(result.read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{case.name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    _show(found)
-    if found["source_changed_meanwhile"]:
-        _console.print("[bold red]the source changed while this ran: the numbers are of no one version[/]")
-    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    _console.print(
-        f"{found['seconds']:.0f} s, {found['processor_seconds']:.0f} s of processor time, "
-        f"peak memory {found['peak_bytes'] / 1e9:.2f} GB, written to {place}\n",
-        highlight=False,
-    )
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{case.name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        _show(found)
+        if found["source_changed_meanwhile"]:
+            _console.print(
+                "[bold red]the source changed while this ran: the numbers are of no one version[/]"
+            )
+        place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        _console.print(
+            f"{found['seconds']:.0f} s, {found['processor_seconds']:.0f} s of processor time, "
+            f"peak memory {found['peak_bytes'] / 1e9:.2f} GB, written to {place}\n",
+            highlight=False,
+        )
     return Outcome(case.name, found=found)
 
 

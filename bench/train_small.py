@@ -8,6 +8,7 @@ manner of MobileNetV2 (Sandler et al. 2018).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def trained(
                 optimizer.step()
                 schedule.step()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(".part")
+    temporary = kept.with_suffix(f".{os.getpid()}.part")  # two cases may train the same one
     torch.save(model.state_dict(), temporary)
     temporary.replace(kept)
     return model.eval()

@@ -107,9 +107,10 @@ def test_a_crash_is_a_failure_and_writes_nothing(harness, table, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_end_says_what_was_skipped_missed_and_crashed(harness, table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_the_end_says_what_was_skipped_missed_and_crashed(harness, table, tmp_path, monkeypatch, jobs):
     _children_know(table, monkeypatch, harness, tmp_path)
-    words = ["fake", "lonely", "crash", "--quick", "--out", str(tmp_path / "out")]
+    words = ["fake", "lonely", "crash", "--quick", "--jobs", jobs, "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(harness.main, words)
     assert done.exit_code == 1
     assert "crashed: crash" in done.stderr
@@ -117,6 +118,14 @@ def test_the_end_says_what_was_skipped_missed_and_crashed(harness, table, tmp_pa
     assert re.fullmatch(r"1 of 3 cases ran, [0-9.]+ minutes, [0-9.]+ of processor time", last[0])
     assert last[1] == "lonely skipped: the package there_is_no_such_package is not installed"
     assert last[2] == "fake MISSED: size: 3 MB, must be <= 2"
+    if jobs == "3":  # what the process printed stands below its title
+        assert re.search(r"crash: nothing\nTraceback(.*\n)+crash crashed", done.stdout)
+
+
+def test_records_are_made_alone(harness):
+    done = CliRunner().invoke(harness.main, ["digits", "--jobs", "2"])
+    assert done.exit_code == 2
+    assert "--jobs is for --quick" in done.stderr
 
 
 def _children_know(table, monkeypatch, harness, tmp_path):
