@@ -51,14 +51,19 @@ class _Ties:
     Attributes:
         steps: by how many steps a code may be another. A sum in float16 that cancels is off by parts of its
             largest terms.
+        far: fraction of codes that may be further off. What a residual connection carries may leave the range
+            of one rounding and come back to that of another, with the digits float16 had out there: of a
+            ResNet-18 with random weights one code in 200,704, by 6 steps.
         measured: fraction of codes that true ties make others. In float32 these are a few in 100,000; a
-            float16 of 64 to 127 steps is known to 1/32 of one, and 1.2 % and two steps were measured.
+            float16 of 64 to 127 steps is known to 1/32 of one, and 1.2 % and two steps were measured (of one
+            rounding of a ResNet-18 with random weights 2.9 %).
         share: largest fraction of codes that may be others, where there are many.
         finest: the smallest step of 8-bit floats that counts, as a fraction of the largest number: those near
             zero are finer than the float16 sums they round.
     """
 
     steps: float
+    far: float
     measured: float
     share: float
     finest: float
@@ -78,7 +83,7 @@ class _Ties:
         return max(most, share)
 
 
-_SINGLE, _HALF = _Ties(1.1, 5e-5, 0.02, 0.0), _Ties(4.1, 0.012, 0.05, 2.0**-10)
+_SINGLE, _HALF = _Ties(1.1, 0.0, 5e-5, 0.02, 0.0), _Ties(4.1, 1e-4, 0.012, 0.05, 2.0**-10)
 
 _ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear")
 _MARK = "rounded_"
@@ -273,12 +278,12 @@ def _run_with(
         apart = (given - own).abs() / step
         counts[mark] += apart.numel()
         others[mark] += int((apart > 0.5).sum())
-        allowed = ties.allowed(counts[mark])
-        if shapes is not None and (bool((apart > ties.steps).any()) or others[mark] > allowed):
+        allowed, far = ties.allowed(counts[mark]), int((apart > ties.steps).sum())
+        if shapes is not None and (far > ties.far * apart.numel() or others[mark] > allowed):
             raise VerificationError(
                 f"at inputs {shapes} the file rounds {node.args[0]} to other codes than the graph",
                 expected=f"the same but for ties (at most {allowed:.0f} of {counts[mark]} so far, by "
-                f"{ties.steps:.0f} steps at most); nothing was written",
+                f"{ties.steps:.0f} steps at most{' but for few' if ties.far else ''}); nothing was written",
             )
         return given
 

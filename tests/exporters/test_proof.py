@@ -97,6 +97,35 @@ def test_one_wrong_row_among_few_is_found(wrong: str, tmp_path: Path) -> None:
         prove(tmp_path / "wrong.onnx", artifact.graph, artifact.lowered, result.samples)
 
 
+class Outside(nn.Module):
+    """Some of 16,384 values leave the range of float16's digits and come back before they are rounded."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 1 << 14), nn.Linear(128, 4)
+        self.register_buffer("far", torch.zeros(1 << 14).index_fill_(0, torch.arange(count), 8192.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (self.up(x) + self.far - self.far).relu()
+        out: torch.Tensor = self.down(y.unflatten(1, (128, 128)))
+        return out
+
+
+@pytest.mark.parametrize(("count", "passes"), [(0, True), (1, True), (8, False)])
+def test_few_values_of_float16_may_be_far_off(count: int, passes: bool, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, rows = Outside(count).eval(), torch.randn(32, 16)
+    result = compress.run(module, "int8-static", inputs=["8,16"], calibration=rows)
+    trials = [list(sample) for sample in result.samples[:1]]
+    exporter = find("tensorrt", gpu="sm89")
+    if passes:
+        assert exporter._write(result.graph, tmp_path / "m.onnx", {}, trials, Silent())[2] > 30
+    else:
+        with pytest.raises(VerificationError, match="4 steps at most but for few"):
+            exporter._write(result.graph, tmp_path / "m.onnx", {}, trials, Silent())
+
+
 @pytest.mark.parametrize("ties", [_SINGLE, _HALF])
 def test_how_many_ties_chance_makes(ties: Any) -> None:
     for count in (1, 16, 64, 400, 2000, 10**6, 10**9):
