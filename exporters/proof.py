@@ -51,9 +51,9 @@ class _Ties:
     Attributes:
         steps: by how many steps a code may be another. A sum in float16 that cancels is off by parts of its
             largest terms.
-        far: fraction of codes that may be further off. What a residual connection carries may leave the range
-            of one rounding and come back to that of another, with the digits float16 had out there: of a
-            ResNet-18 with random weights one code in 200,704, by 6 steps.
+        far: fraction of codes that may be further off. Where a sum and a bias are hundreds of times the range
+            of the rounding and cancel, float16 leaves too few digits: of a ResNet-18 with random weights one
+            code in 200,704, by 6 steps.
         measured: fraction of codes that true ties make others. In float32 these are a few in 100,000; a
             float16 of 64 to 127 steps is known to 1/32 of one, and 1.2 % and two steps were measured (of one
             rounding of a ResNet-18 with random weights 2.9 %).

@@ -122,8 +122,7 @@ def build(
 
 
 def _log(trt: Any) -> Any:
-    # which package it comes from is known when this runs
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):  # type: ignore[misc]  # of a package known when this runs
         """Keeps errors and the list of layers, prints nothing."""
 
         def __init__(self) -> None:

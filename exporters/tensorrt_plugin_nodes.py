@@ -94,8 +94,8 @@ def _form(encoded: EncodedWeight, gpu: int, sparse: bool) -> tuple[str, tuple[Te
     if encoded.zero_points is None or columns % 16:
         return None
     try:
-        # its zero points are there, which a type of `arguments` cannot say
-        return "w4_matmul", w4.packed(*arguments, gpu)  # type: ignore[arg-type]
+        packed = w4.packed(*arguments, gpu)  # type: ignore[arg-type]  # its zero points are there
+        return "w4_matmul", packed
     except PassError:
         return None
 

@@ -48,8 +48,7 @@ def interruptible() -> Iterator[Interrupted]:
 def monitor(trt: Any, progress: Progress, mark: Interrupted) -> Any:
     """An ``IProgressMonitor`` that tells `progress` what the builder does, and ends the build at a mark."""
 
-    # which package it comes from is known when this runs
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # of a package known when this runs
         def __init__(self) -> None:
             super().__init__()
             self.outermost = ""

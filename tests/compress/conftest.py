@@ -183,8 +183,7 @@ def all_reports() -> dict[str, dict[str, Any]]:
 
 
 def _no_graph() -> Graph:
-    # reports look at names and sizes only
-    return None  # type: ignore[return-value]
+    return None  # type: ignore[return-value]  # reports look at names and sizes only
 
 
 @pytest.fixture(scope="session")

@@ -438,8 +438,7 @@ def test_the_parser_looks_for_the_plugin(written: compress.Artifact) -> None:
     )
     told = []
 
-    # of a package that is known when this runs
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):  # type: ignore[misc]  # of a package known when this runs
         def __init__(self) -> None:
             super().__init__()
 
