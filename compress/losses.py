@@ -63,6 +63,15 @@ def label_loss(graph: Graph) -> Loss:
     return loss
 
 
+def widened(loss: Loss) -> Loss:
+    """A loss of outputs in float32 where they are in bfloat16."""
+
+    def wide(outputs: Sequence[Any]) -> list[Any]:
+        return [y.float() if isinstance(y, Tensor) and y.dtype == torch.bfloat16 else y for y in outputs]
+
+    return lambda outputs, wanted, labels: loss(wide(outputs), wide(wanted), labels)
+
+
 def mse_loss(outputs: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
     """Mean squared error of the floating-point outputs, averaged over outputs."""
     pairs = [(a, b) for a, b in zip(outputs, wanted, strict=True) if isinstance(b, Tensor)]
@@ -123,30 +132,67 @@ _CONSTANT = 1e-8
 """Hidden values whose variance is this fraction of the largest are constant."""
 
 
-def with_hidden(loss: Loss, outputs: int, weight: float) -> Loss:
+def variances(reference: Graph, own: int, batches: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Variances of the hidden values that a graph returns after its own outputs, float32, means of batches.
+
+    Args:
+        reference: of `returning`.
+        own: how many outputs come first.
+        batches: inputs; not written into.
+    """
+    found = [
+        torch.stack([y.float().var(correction=0) for y in reference.run([t.clone() for t in inputs])[own:]])
+        for inputs in batches
+    ]
+    return torch.stack(found).mean(0)
+
+
+def with_hidden(loss: Loss, variances: Tensor, weight: float) -> Loss:
     """The loss plus hidden values, ``weight * mean_i E|h_i - h'_i|^2 / Var(h'_i)`` with h' the reference's.
 
     FitNets (Romero et al. 2015, section 2.2) without its regressor, for layers have the sizes they had, and
     at every block as in BRECQ (Li et al. 2021), but in one training of all.
 
     Args:
-        loss: of the outputs.
-        outputs: how many there are; what follows them are hidden values (`returning`).
+        loss: of the outputs; hidden values come after them (`returning`).
+        variances: of the hidden values, one each.
         weight: of the hidden values.
     """
+    count = len(variances)
+    # values that are all the same, such as those of dead activations, have no scale to measure errors by
+    least = (_CONSTANT * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(variances > least, weight / (count * variances.clamp(min=least)), 0.0)
 
     def both(found: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
-        pairs = [(a.float(), b.float()) for a, b in zip(found[outputs:], wanted[outputs:], strict=True)]
-        errors = torch.stack([mean_square(ours - theirs) for ours, theirs in pairs])
-        variances = torch.stack([mean_square(theirs - theirs.mean()) for _, theirs in pairs])
-        # values that are all the same, such as those of dead activations, have no scale to measure errors by
-        least = (_CONSTANT * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = torch.where(variances > least, errors / variances.clamp(min=least), 0.0)
-        return loss(found[:outputs], wanted[:outputs], labels) + weight * errors.mean()
-
-    def mean_square(values: Tensor) -> Tensor:
-        # of its equals the one whose gradients keep the layout in memory: of others they come row by row, and
-        # mixing layouts takes as long as the convolutions
-        return torch.linalg.vector_norm(values).square() / values.numel()
+        pairs = zip(found[-count:], wanted[-count:], strict=True)
+        errors = torch.stack([_mean_square(ours, theirs) for ours, theirs in pairs])
+        return loss(found[:-count], wanted[:-count], labels) + scales @ errors
 
     return both
+
+
+def _mean_square(x: Tensor, y: Tensor) -> Tensor:
+    found: Tensor = _MeanSquare.apply(x, y)  # type: ignore[no-untyped-call]  # torch leaves it so
+    return found
+
+
+class _MeanSquare(torch.autograd.Function):
+    """``E|x - y|^2`` in float32, and its gradient for x, ``2 (x - y) / n``.
+
+    Hidden values are many, and left to autograd this takes longer than the convolutions: gradients of a norm
+    are divided by it, those of a sum of squares come row by row and mix layouts in memory, and halves are
+    widened. Here they stay halves, for differences of those near each other are exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
+            x, y = x.float(), y.float()
+        difference = x - y
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference).float().square() / difference.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (gradients[0] * 2 / difference.numel()), None

@@ -28,7 +28,7 @@ from compress.augmentation import Augmentation, augmented, is_images
 from compress.data import Batch, CalibrationData
 from compress.errors import PassError
 from compress.graph import Graph, Site, argument
-from compress.losses import Loss, hidden_points, returning, with_hidden
+from compress.losses import Loss, hidden_points, returning, variances, widened, with_hidden
 from compress.progress import Progress, Silent
 from compress.statistics import HELD_OUT_EVERY
 
@@ -286,12 +286,16 @@ def fit(
             hidden values in common.
     """
     changed = graph
-    if plan.hidden:
-        points = hidden_points(graph, reference)
-        loss = with_hidden(loss, len(graph.output_names), plan.hidden)
-        graph, reference = returning(graph, points), returning(reference, points)
     samples = Samples(graph, list(data))
     training, held = samples.split()
+    judged = [b for rows in held.split(plan.batch_size) for b in samples.take(rows)]
+    mixed = plan.precision == "bfloat16"
+    if mixed:
+        loss = widened(loss)
+    if plan.hidden:
+        points, own = hidden_points(graph, reference), len(graph.output_names)
+        graph, reference = returning(graph, points), returning(reference, points)
+        loss = with_hidden(loss, variances(reference, own, [b.inputs for b in judged]), plan.hidden)
     channels_last = _channels_last_pays(graph) and _channels_last_pays(reference)
     if channels_last:
         graphs = _of_any_layout(graph), _of_any_layout(reference)
@@ -302,7 +306,6 @@ def fit(
     generator = torch.Generator().manual_seed(plan.seed)
     size = min(plan.batch_size, len(training)) if samples.single else 1
     total = max(1, round(plan.epochs * (len(training) // size)))
-    judged = [b for rows in held.split(size) for b in samples.take(rows)]
     weights = [len(b.inputs[0]) for b in judged]
 
     def held_out_loss() -> float:
@@ -314,7 +317,6 @@ def fit(
             parts.append(float(loss(ours, target, batch.labels)))
         return math.fsum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)
 
-    mixed = plan.precision == "bfloat16"
     optimizer = _optimizer(list(trainee.variables.values()), plan)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     look = max(1, total // _CHECKPOINTS)
@@ -343,8 +345,6 @@ def fit(
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 target = reference.run(_copies(inputs, channels_last))
                 ours = trainee.run(_copies(inputs, channels_last))
-            if mixed:
-                ours, target = _widened(ours), _widened(target)
             value = loss(ours, target, batch.labels)
             if not value.requires_grad:
                 raise PassError(
@@ -365,11 +365,6 @@ def _copies(inputs: Iterable[Tensor], channels_last: bool) -> list[Tensor]:
     return [t.clone(memory_format=last if channels_last and is_images(t) else same) for t in inputs]
 
 
-def _widened(outputs: Sequence[Any]) -> list[Any]:
-    """Outputs with float32 in place of bfloat16."""
-    return [y.float() if isinstance(y, Tensor) and y.dtype == torch.bfloat16 else y for y in outputs]
-
-
 def bfloat16_pays() -> bool:
     """Whether this processor multiplies bfloat16 itself; others emulate it, slower than float32."""
     found = torch.cpu.get_capabilities()
@@ -378,8 +373,7 @@ def bfloat16_pays() -> bool:
 
 def _channels_last_pays(graph: Graph) -> bool:
     """Whether images are to lie in memory with their channels last, as then do the outputs of convolutions:
-    with the few channels that compressed ones have, in numbers that no vector divides, they train 1.2 to 1.8
-    times as fast so on processors (a ResNet-20, dense and decomposed).
+    with the few channels compressed ones have, in numbers that no vector divides, processors are faster so.
     """
     convolves = any(site.kind == "conv" and len(graph.shape(site.weight)) == 4 for site in graph.sites())
     return convolves and not any("as_strided" in str(node.target) for node in graph.ops.nodes)

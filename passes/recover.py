@@ -77,8 +77,8 @@ class Recover(Pass):
     )
     precision: Precision = Field(
         "float32",
-        description="of products and convolutions while training: bfloat16 takes about half the time on "
-        "processors that have it. What is trained and kept is float32 in both",
+        description="of products and convolutions while training: bfloat16 is faster on processors "
+        "that have it. What is trained and kept is float32 in both",
     )
 
     @model_validator(mode="after")

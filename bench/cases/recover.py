@@ -51,13 +51,41 @@ _EPOCHS, _EPOCHS_AFTER = 22, 4
 
 def run(setup: Setup) -> list[Measurement]:
     """When quick: a small part of the steps, images and seeds, and no targets."""
-    return [*_gradual(setup), *_from_scratch(setup)]
+    return [*_speed(setup), *_gradual(setup), *_from_scratch(setup)]
 
 
-def _gradual(setup: Setup) -> Iterator[Measurement]:
+def _speed(setup: Setup) -> Iterator[Measurement]:
+    """Milliseconds of a step by what is asked for: the time of more steps less that of fewer, medians."""
+    graph = _dense(setup)
+    images, *_ = _images(setup)
+    size, fewer = 8 if setup.quick else 64, 20
+    data = load_calibration(images[: 5 * size], inputs=graph.inputs, samples=5 * size)
+    forms = [(precision, hidden) for precision in ("float32", "bfloat16") for hidden in (0.0, 0.5)]
+    found: dict[tuple[str, float], list[float]] = {form: [] for form in forms}
+    for _ in range(1 if setup.quick else 3):
+        for precision, hidden in forms:
+            seconds = []
+            for steps in (fewer, 2 * fewer):
+                # a fifth is held out, and looked at as often in both
+                recover = Recover(epochs=steps / 4, batch_size=size, precision=precision, hidden=hidden)
+                began = time.process_time()
+                recover.apply(graph, Context(graph, data))
+                seconds.append(time.process_time() - began)
+            found[precision, hidden].append(1000 * (seconds[1] - seconds[0]) / (fewer * size))
+    for (precision, hidden), each in found.items():
+        what = f"ResNet-20: training with {precision}{', hidden values learned too' if hidden else ''}"
+        yield measured(what, statistics.median(each), "ms/image")
+
+
+def _dense(setup: Setup) -> compress.Graph:
     model = models.resnet20_chita()
     source = setup.file("models/resnet20_cifar10_chita.safetensors")
     model.load_state_dict(load_file(source), strict=False)  # batch counters are not in the file
+    return compress.capture(model.eval(), (_images(setup)[2][:2],))
+
+
+def _gradual(setup: Setup) -> Iterator[Measurement]:
+    graph = _dense(setup)
     images, _, test, test_labels = _images(setup)
     if setup.quick:
         images = images[:400]
@@ -66,7 +94,6 @@ def _gradual(setup: Setup) -> Iterator[Measurement]:
             more = normalised(file["train_images"][:6000], CHECKPOINTS["chita"])
         images = torch.cat((images, more))
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    graph = compress.capture(model.eval(), (test[:2],))
     data = load_calibration(images, inputs=graph.inputs, samples=len(images))
     context = Context(graph, data)
     epochs, after = (2, 1) if setup.quick else (_EPOCHS, _EPOCHS_AFTER)

@@ -187,7 +187,7 @@ def test_channels_last_in_memory_changes_nothing_but_rounding(
 
     kl = kl_loss(graph, 1.0)
     plan = Plan(6, 8, 5e-2, "sgd", batch_norm=batch_norm, hidden=1.0)  # adam makes steps of rounding errors
-    monkeypatch.setattr(training, "with_hidden", lambda loss, outputs, weight: watched)
+    monkeypatch.setattr(training, "with_hidden", lambda loss, variances, weight: watched)
     fitted = [fit(start, trainable(start, start.sites()), graph, data, kl, plan) for _ in range(2)]
     assert seen and all(seen)
     seen.clear()
