@@ -36,7 +36,7 @@ from compress.passes.decompose import Decompose
 from compress.passes.recover import Recover
 from compress.passes.solvers import mpo
 from compress.passes.solvers.forms import Decomposer, Form
-from compress.passes.solvers.low_rank import spectrum
+from compress.passes.solvers.low_rank import Spectrum, spectrum
 from compress.pipeline import Context
 
 _ALTERNATIVES: dict[str, dict[str, Any]] = {
@@ -190,29 +190,40 @@ def _inputs_known(setup: Setup) -> Iterator[Measurement]:
 def _plain_and_whitened(
     name: str, graph: compress.Graph, train: CalibrationData, test: CalibrationData
 ) -> Iterator[Measurement]:
-    """Squared error of each layer's output on unseen samples, at fractions of the full rank."""
+    """Squared error of each layer's output on unseen samples, at fractions of the full rank.
+
+    Beside it what no matrix of that rank exceeds: that of the SVD whitened by the unseen samples themselves
+    (Eckart-Young in their metric).
+    """
     sites = [site for site in graph.sites() if site.kind == "linear"]
     made: dict[str, list[list[Tensor]]] = {}
     ratios: dict[int, list[float]] = {part: [] for part in _PARTS}
+    bounds: dict[int, list[float]] = {part: [] for part in _PARTS}
 
     def fit(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
         assert statistics is not None and statistics.H is not None
         both = [spectrum(weight, h) for h in (None, statistics.H[0])]
-        made[site.weight] = []
-        for part in _PARTS:
-            pairs = (found.factors(max(1, min(weight.shape) // part)) for found in both)
-            made[site.weight].append([(last @ first).float() for first, last in pairs])
+        made[site.weight] = [[cut(found, weight, part) for found in both] for part in _PARTS]
 
     def judge(site: Site, weight: Tensor, statistics: Statistics | None) -> None:
+        assert statistics is not None and statistics.H is not None
+        best = spectrum(weight, statistics.H[0], damping=0.0)
         for part, forms in zip(_PARTS, made[site.weight], strict=True):
-            plain, whitened = (output_error(weight, new, statistics) ** 2 for new in forms)
+            every = (*forms, cut(best, weight, part))
+            plain, whitened, least = (output_error(weight, new, statistics) ** 2 for new in every)
             ratios[part].append(plain / whitened)
+            bounds[part].append(plain / least)
+
+    def cut(found: Spectrum, weight: Tensor, part: int) -> Tensor:
+        first, last = found.factors(max(1, min(weight.shape) // part))
+        return (last @ first).float()
 
     for data, visit in ((train, fit), (test, judge)):
         sweep(graph, sites, visit, batches=data.inputs(), needs=frozenset({"diag", "H"}))
     for part, row in ratios.items():
         what = f"{name}: error of plain / whitened SVD at 1/{part} of the rank"
         yield measured(f"{what}, median layer", statistics.median(row), "x", ">= 2")
+        yield measured(f"{what}, median layer, at most", statistics.median(bounds[part]), "x")
         yield measured(f"{what}, least", min(row), "x", ">= 1")
 
 
