@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "decompose_recover",
-            "a ResNet-20 without 60 % of its parameters, trained on 10,000 images without their labels",
+            "a ResNet-20 without 60 % of its parameters, trained on 14,000 images without their labels",
             "bench.cases.decompose:recovered",
             (
                 "data/cifar10.npz",
