@@ -45,15 +45,17 @@ _ALTERNATIVES: dict[str, dict[str, Any]] = {
     "Tucker-2, uniform": {"method": "tucker", "allocation": "uniform"},
     "ours": {},
 }
-_EPOCHS = 21
+_EPOCHS = 24
 """As many as the time is enough for."""
 _TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
-    "augment": ("crop", "flip", "color"),
+    "augment": ("crop", "flip", "color", "cutmix"),
     "hidden": 10.0,
     "precision": "bfloat16",
 }
-"""Chosen by the agreement with the dense one on held-out training images and JPEGs of other test images."""
+"""The weight of hidden values is chosen by the agreement with the dense network on held-out training images
+and on JPEGs of other test images. Images are cut together because they are few (without, 1.6 points were
+lost)."""
 
 
 def run(setup: Setup) -> list[Measurement]:
