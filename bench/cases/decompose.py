@@ -45,7 +45,7 @@ _ALTERNATIVES: dict[str, dict[str, Any]] = {
     "Tucker-2, uniform": {"method": "tucker", "allocation": "uniform"},
     "ours": {},
 }
-_EPOCHS = 24
+_EPOCHS = 21
 """As many as the time is enough for."""
 _TRAINING: dict[str, Any] = {
     "learning_rate": 1e-3,
