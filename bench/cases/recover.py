@@ -5,7 +5,7 @@ hand (4,000 lossless ones, and 6,000 JPEGs, whose damage costs accuracy, but whi
 batch normalisation is not folded before. Beside it stand magnitudes at once, and CHITA at once, without and
 with a few minutes of recovery. Learning rate and the weight of hidden values were chosen by the agreement
 with the dense network on held-out training images and on JPEGs of other test images; images are cut together
-because they are few (without, 33 epochs lost 4.5 points), and the epochs are what the time is enough for.
+because they are few.
 
 From scratch: a ResNet-8 on images of half the size, masks by Erdos-Renyi-kernel densities beside equal ones.
 """
@@ -45,7 +45,7 @@ _TRAINING: dict[str, Any] = {
 }
 _PRUNING = 0.4
 """Of the steps those in which it prunes; the others train what is left."""
-_EPOCHS, _EPOCHS_AFTER = 40, 6
+_EPOCHS, _EPOCHS_AFTER = 22, 4
 """Of gradual pruning, and of recovery after pruning at once."""
 
 
