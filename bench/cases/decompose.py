@@ -202,7 +202,7 @@ def _plain_and_whitened(
     """Squared error of each layer's output on unseen samples, at fractions of the full rank.
 
     Beside it what no matrix of that rank exceeds: that of the SVD whitened by the unseen samples themselves
-    (Eckart-Young in their metric).
+    (Eckart-Young in their metric), where they span more dimensions than that.
     """
     sites = [site for site in graph.sites() if site.kind == "linear"]
     made: dict[str, list[list[Tensor]]] = {}
@@ -218,21 +218,25 @@ def _plain_and_whitened(
         assert statistics is not None and statistics.H is not None
         best = spectrum(weight, statistics.H[0], damping=0.0)
         for part, forms in zip(_PARTS, made[site.weight], strict=True):
-            every = (*forms, cut(best, weight, part))
-            plain, whitened, least = (output_error(weight, new, statistics) ** 2 for new in every)
+            plain, whitened = (output_error(weight, new, statistics) ** 2 for new in forms)
             ratios[part].append(plain / whitened)
-            bounds[part].append(plain / least)
+            least = best.error(rank(weight, part))
+            bounds[part].append(plain / least if least > 1e-6 else math.inf)
 
     def cut(found: Spectrum, weight: Tensor, part: int) -> Tensor:
-        first, last = found.factors(max(1, min(weight.shape) // part))
+        first, last = found.factors(rank(weight, part))
         return (last @ first).float()
+
+    def rank(weight: Tensor, part: int) -> int:
+        return max(1, min(weight.shape) // part)
 
     for data, visit in ((train, fit), (test, judge)):
         sweep(graph, sites, visit, batches=data.inputs(), needs=frozenset({"diag", "H"}))
     for part, row in ratios.items():
         what = f"{name}: error of plain / whitened SVD at 1/{part} of the rank"
         yield measured(f"{what}, median layer", statistics.median(row), "x", ">= 2")
-        yield measured(f"{what}, median layer, at most", statistics.median(bounds[part]), "x")
+        if math.isfinite(bound := statistics.median(bounds[part])):
+            yield measured(f"{what}, median layer, at most", bound, "x")
         yield measured(f"{what}, least", min(row), "x", ">= 1")
 
 
