@@ -139,7 +139,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         values = {m["name"]: m["value"] for m in results[row.case]["measurements"]}
         cells = (row.model, row.form, row.size, row.quality, row.speed)
         lines.append("| " + " | ".join(_filled(cell, values) for cell in cells) + " |")
-    machines = {_machine(found["environment"]) for found in results.values()}
+    machines = {_machine(results[case]["environment"]) for case in {row.case for row in ROWS}}
     lines += [
         "",
         f"Measured in ONNX Runtime, one thread, medians of interleaved runs: {'; '.join(sorted(machines))}.",
