@@ -172,8 +172,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         *_decomposition(results["decompose"]),
         "",
         _filled(
-            "Percent of 1,000 test images; 512 images to measure with; no training. On JPEGs of all 10,000 test\n"
-            "images, at -30 %: ALDS {ResNet-20 -30 % ALDS: accuracy on JPEGs|.1f}, **decompose** "
+            "Percent of 1,000 test images; 512 images to measure with; no training. On JPEGs of all 10,000 "
+            "test\nimages, at -30 %: ALDS {ResNet-20 -30 % ALDS: accuracy on JPEGs|.1f}, **decompose** "
             "{ResNet-20 -30 % ours: accuracy on JPEGs|.1f}. Without 60 % of the parameters and recovered for "
             "{ResNet-20 -60 % ours, recovered: processor time|.0f}\nminutes on 14,000 images without labels, "
             "**decompose** loses {ResNet-20 -60 % ours, recovered: accuracy lost|.1f} points, ALDS "
