@@ -133,12 +133,15 @@ _CONSTANT = 1e-8
 
 
 def variances(reference: Graph, own: int, batches: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Variances of the hidden values that a graph returns after its own outputs, float32, means of batches.
+    """Variances of the hidden values that a graph returns after its own outputs, means of batches.
 
     Args:
         reference: of `returning`.
         own: how many outputs come first.
         batches: inputs; not written into.
+
+    Returns:
+        float32 ``[points]``.
     """
     found = [
         torch.stack([y.float().var(correction=0) for y in reference.run([t.clone() for t in inputs])[own:]])
@@ -147,7 +150,7 @@ def variances(reference: Graph, own: int, batches: Sequence[Sequence[Tensor]]) -
     return torch.stack(found).mean(0)
 
 
-def with_hidden(loss: Loss, variances: Tensor, weight: float) -> Loss:
+def with_hidden(loss: Loss, spread: Tensor, weight: float) -> Loss:
     """The loss plus hidden values, ``weight * mean_i E|h_i - h'_i|^2 / Var(h'_i)`` with h' the reference's.
 
     FitNets (Romero et al. 2015, section 2.2) without its regressor, for layers have the sizes they had, and
@@ -155,13 +158,13 @@ def with_hidden(loss: Loss, variances: Tensor, weight: float) -> Loss:
 
     Args:
         loss: of the outputs; hidden values come after them (`returning`).
-        variances: of the hidden values, one each.
+        spread: `variances` of the hidden values, float32 ``[points]``.
         weight: of the hidden values.
     """
-    count = len(variances)
+    count = len(spread)
     # values that are all the same, such as those of dead activations, have no scale to measure errors by
-    least = (_CONSTANT * variances.max()).clamp(min=torch.finfo(torch.float32).tiny)
-    scales = torch.where(variances > least, weight / (count * variances.clamp(min=least)), 0.0)
+    least = (_CONSTANT * spread.max()).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(spread > least, weight / (count * spread.clamp(min=least)), 0.0)
 
     def both(found: Sequence[Any], wanted: Sequence[Any], labels: Tensor | None) -> Tensor:
         pairs = zip(found[-count:], wanted[-count:], strict=True)

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import compress
-from bench import models, train_small
-from bench.cases.resnet20 import CHECKPOINTS, normalised
+from bench import cifar, train_small
 from bench.measure import Measurement, Setup, measured
 from compress.data import CalibrationData, load_calibration
 from compress.passes.prune_chita import PruneChita
@@ -109,14 +107,7 @@ def _mlpnet(setup: Setup) -> _Task:
 
 
 def _resnet(setup: Setup) -> Iterator[Measurement]:
-    model = models.resnet20_chita()
-    source = setup.file("models/resnet20_cifar10_chita.safetensors")
-    model.load_state_dict(load_file(source), strict=False)  # batch counters are not in the file
-    with np.load(setup.file("data/cifar10.npz")) as file:
-        train, test = (normalised(file[f"{k}_images"], CHECKPOINTS["chita"]) for k in ("train", "test"))
-        labels, test_labels = (torch.from_numpy(file[f"{k}_labels"]).long() for k in ("train", "test"))
-    graph = compress.capture(model.eval(), (test[:2],))
-    task = _Task("ResNet-20", graph, train, labels, test, test_labels, _RESNET["ignore"])
+    task = _Task("ResNet-20", cifar.resnet20(setup), *cifar.lossless(setup), _RESNET["ignore"])
     bars = {0.8: _RESNET_BARS[0.8]} if setup.quick else _RESNET_BARS
     yield from _compared(
         task, "ResNet-20", bars, 250 if setup.quick else 500, _RESNET, setup.quick, _RESNET_GRADIENTS / 3

@@ -22,9 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import compress
-from bench import text
+from bench import cifar, text
 from bench.cases.chita import MLPNet
-from bench.cases.resnet20 import CHECKPOINTS, normalised
 from bench.measure import MB, Measurement, Setup, measured, true
 from compress.calibration import Statistics, output_error, sweep
 from compress.chain import MatrixProduct, contract
@@ -76,22 +75,14 @@ class _ResNet:
     """A ResNet-20 with its batch normalisation folded, images to calibrate with, and how well it does."""
 
     def __init__(self, setup: Setup) -> None:
-        with np.load(setup.file("data/cifar10.npz")) as file:
-            self.train, self.test = (
-                normalised(file[f"{part}_images"], CHECKPOINTS["chita"]) for part in ("train", "test")
-            )
-            self.labels = torch.from_numpy(file["test_labels"]).long()
+        self.train, _, self.test, self.labels = cifar.lossless(setup)
         if setup.quick:
             self.test, self.labels = self.test[:200], self.labels[:200]
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
             some = slice(600 if setup.quick else None)
-            self.jpegs = normalised(file["test_images"][some], CHECKPOINTS["chita"])
+            self.jpegs = cifar.normalised(file["test_images"][some], cifar.CHECKPOINTS["chita"])
             self.jpeg_labels = torch.from_numpy(file["test_labels"][some]).long()
-        graph = compress.capture(
-            setup.file("models/resnet20_cifar10_chita.safetensors"),
-            [self.train[:2]],
-            model="bench/models.py:resnet20_chita",
-        )
+        graph = cifar.resnet20(setup)
         self.graph = Cleanup().apply(graph, Context(graph)).graph
         images = self.train[: 64 if setup.quick else 512]
         self.few = load_calibration(images, inputs=graph.inputs, samples=len(images))
@@ -140,7 +131,8 @@ def _recovered(net: _ResNet, setup: Setup) -> Iterator[Measurement]:
     images = net.train[:500]
     if not setup.quick:
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
-            images = torch.cat((net.train, normalised(file["train_images"], CHECKPOINTS["chita"])))
+            more = cifar.normalised(file["train_images"], cifar.CHECKPOINTS["chita"])
+        images = torch.cat((net.train, more))
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     data = load_calibration(images, inputs=net.graph.inputs, samples=len(images))
     dense = net.accuracy(net.graph)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import compress
 from bench import text
-from bench.cases.resnet20 import CHECKPOINTS, normalised
+from bench.cifar import CHECKPOINTS, normalised
 from bench.measure import MB, Measurement, Setup, measured
 from compress.data import CalibrationData, load_calibration
 from compress.menu import parse_format

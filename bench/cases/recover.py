@@ -3,9 +3,8 @@
 The ResNet-20 is pruned by magnitude while it learns from its own dense outputs, on the training images at
 hand (4,000 lossless ones, and 6,000 JPEGs, whose damage costs accuracy, but which show the network more); its
 batch normalisation is not folded before. Beside it stand magnitudes at once, and CHITA at once, without and
-with a few minutes of recovery. Learning rate and the weight of hidden values were chosen by the agreement
-with the dense network on held-out training images and on JPEGs of other test images; images are cut together
-because they are few.
+with a few minutes of recovery. The learning rate was chosen by the agreement with the dense network on
+held-out training images and on JPEGs of other test images; images are cut together because they are few.
 
 From scratch: a ResNet-8 on images of half the size, masks by Erdos-Renyi-kernel densities beside equal ones.
 """
@@ -19,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import compress
-from bench import models
-from bench.cases.resnet20 import CHECKPOINTS, normalised
+from bench import cifar, models
 from bench.measure import Measurement, Setup, measured, true
 from bench.train_small import accuracy
 from compress.data import load_calibration
@@ -39,27 +36,28 @@ _IGNORE = ("*downsample*",)
 _TRAINING: dict[str, Any] = {
     "learning_rate": 3e-3,
     "augment": ("crop", "flip", "color", "cutmix"),
-    "hidden": 0.5,
+    "hidden": 3.0,
     "precision": "bfloat16",
     "ignore": _IGNORE,
 }
 _PRUNING = 0.4
 """Of the steps those in which it prunes; the others train what is left."""
-_EPOCHS, _EPOCHS_AFTER = 22, 4
+_EPOCHS, _EPOCHS_AFTER = 34, 4
 """Of gradual pruning, and of recovery after pruning at once."""
 
 
 def run(setup: Setup) -> list[Measurement]:
     """When quick: a small part of the steps, images and seeds, and no targets."""
-    return [*_speed(setup), *_gradual(setup), *_from_scratch(setup)]
+    graph, images = cifar.resnet20(setup), cifar.lossless(setup)
+    if setup.quick:
+        images = cifar.Images(*(x[:1000] for x in images[:2]), *(x[:400] for x in images[2:]))
+    return [*_speed(graph, images, setup), *_gradual(graph, images, setup), *_from_scratch(images, setup)]
 
 
-def _speed(setup: Setup) -> Iterator[Measurement]:
+def _speed(graph: compress.Graph, images: cifar.Images, setup: Setup) -> Iterator[Measurement]:
     """Milliseconds of a step by what is asked for: the time of more steps less that of fewer, medians."""
-    graph = _dense(setup)
-    images, *_ = _images(setup)
-    size, fewer = 8 if setup.quick else 64, 20
-    data = load_calibration(images[: 5 * size], inputs=graph.inputs, samples=5 * size)
+    size, fewer = (4, 8) if setup.quick else (64, 20)
+    data = load_calibration(images.train[: 5 * size], inputs=graph.inputs, samples=5 * size)
     forms = [(precision, hidden) for precision in ("float32", "bfloat16") for hidden in (0.0, 0.5)]
     found: dict[tuple[str, float], list[float]] = {form: [] for form in forms}
     for _ in range(1 if setup.quick else 3):
@@ -77,21 +75,13 @@ def _speed(setup: Setup) -> Iterator[Measurement]:
         yield measured(what, statistics.median(each), "ms/image")
 
 
-def _dense(setup: Setup) -> compress.Graph:
-    model = models.resnet20_chita()
-    source = setup.file("models/resnet20_cifar10_chita.safetensors")
-    model.load_state_dict(load_file(source), strict=False)  # batch counters are not in the file
-    return compress.capture(model.eval(), (_images(setup)[2][:2],))
-
-
-def _gradual(setup: Setup) -> Iterator[Measurement]:
-    graph = _dense(setup)
-    images, _, test, test_labels = _images(setup)
+def _gradual(graph: compress.Graph, lossless: cifar.Images, setup: Setup) -> Iterator[Measurement]:
+    images, _, test, test_labels = lossless
     if setup.quick:
         images = images[:400]
     else:
         with np.load(setup.file("data/cifar10_jpeg.npz")) as file:
-            more = normalised(file["train_images"][:6000], CHECKPOINTS["chita"])
+            more = cifar.normalised(file["train_images"][:6000], cifar.CHECKPOINTS["chita"])
         images = torch.cat((images, more))
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     data = load_calibration(images, inputs=graph.inputs, samples=len(images))
@@ -132,8 +122,8 @@ def _gradual(setup: Setup) -> Iterator[Measurement]:
     yield measured("ResNet-20 90 %: processor time", minutes, "min", "" if setup.quick else "<= 30")
 
 
-def _from_scratch(setup: Setup) -> Iterator[Measurement]:
-    images, labels, test, test_labels = _images(setup)
+def _from_scratch(lossless: cifar.Images, setup: Setup) -> Iterator[Measurement]:
+    images, labels, test, test_labels = lossless
     images, test = (nn.functional.avg_pool2d(x, 2) for x in (images, test))
     seeds, epochs = (1, 1) if setup.quick else (3, 15)
     found: dict[str, list[float]] = {}
@@ -151,12 +141,3 @@ def _from_scratch(setup: Setup) -> Iterator[Measurement]:
         yield measured(f"{what}: accuracy, worst of {seeds}", min(found[ratios]), "%")
     gain = statistics.mean(found["erk"]) - statistics.mean(found["uniform"])
     yield measured("ResNet-8: gain of erk over uniform", gain, "points", "" if setup.quick else "> 0")
-
-
-def _images(setup: Setup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with np.load(setup.file("data/cifar10.npz")) as file:
-        train, test = (normalised(file[f"{k}_images"], CHECKPOINTS["chita"]) for k in ("train", "test"))
-        labels, test_labels = (torch.from_numpy(file[f"{k}_labels"]).long() for k in ("train", "test"))
-    if setup.quick:
-        return train[:1000], labels[:1000], test[:400], test_labels[:400]
-    return train, labels, test, test_labels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import compress
 from bench import peers
+from bench.cifar import CHECKPOINTS, normalised
 from bench.measure import Measurement, Setup, caller, compress_cli, costs, measured, true
 from compress.exporters import ort_peers
 from compress.exporters.ort import Session
@@ -21,24 +21,12 @@ from compress.exporters.timing import interleaved
 Logits = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Mean and standard deviation of the channels, as the images were normalised in training."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
 # rounded activations tie: an image in a thousand is classified otherwise by another order of summation
 _MUSTS = {
     "int8-weight-only": ("<= 0.3", ">= 99.9"),
     "int8": ("<= 0.3", ">= 99.5"),
     "int4": ("", ">= 99.9"),
     "int4-sparse": ("", ">= 99.9"),
-}
-CHECKPOINTS = {
-    "akamaster": Checkpoint((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "chita": Checkpoint((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
 }
 
 
@@ -135,13 +123,6 @@ def _peers(
     found.append(measured(f"{name}: time of the float file at batch 1", speeds.pop("float").ms, "ms"))
     found += [measured(f"{name} {what}: speed-up at batch 1", s.speedup, "x") for what, s in speeds.items()]
     return found
-
-
-def normalised(images: np.ndarray, checkpoint: Checkpoint) -> Tensor:
-    """uint8 ``[n, 32, 32, 3]`` to what the model takes."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (checkpoint.mean, checkpoint.std))
-    return ((x - mean) / std).contiguous()
 
 
 def _through(session: Session) -> Logits:

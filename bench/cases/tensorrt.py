@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import compress
-from bench import text
+from bench import cifar, text
 from bench.cases.chita import MLPNet
 from bench.cases.lm_decode import llama_folder
 from bench.measure import MB, Measurement, Setup, measured, true
-from bench.models import resnet18, resnet20_chita
+from bench.models import resnet18
 from compress.exporters.tensorrt_engine import build, weight_bytes
 from compress.exporters.tensorrt_profiles import profile_of
 from compress.exporters.tensorrt_run import source_of
@@ -100,9 +100,7 @@ def _mlp(setup: Setup) -> tuple[compress.Graph, Any]:
 
 
 def _resnet20(setup: Setup) -> tuple[compress.Graph, Any]:
-    module = resnet20_chita()
-    module.load_state_dict(load_file(setup.file("models/resnet20_cifar10_chita.safetensors")), strict=False)
-    return compress.capture(module.eval(), inputs=["1,3,32,32"]), [torch.randn(64, 3, 32, 32)]
+    return cifar.resnet20(setup), [torch.randn(64, 3, 32, 32)]
 
 
 def _resnet18(setup: Setup) -> tuple[compress.Graph, Any]:
