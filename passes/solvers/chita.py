@@ -16,7 +16,8 @@ Alistarh 2020), or from iterative hard thresholding (section 3.1).
 
 With a gradient l the solution is a damped step of the natural gradient on the support (Martens 2020, "New
 Insights and Perspectives on the Natural Gradient Method", section 8). Its damping and its length (the factor
-of l) are chosen by the loss on other samples (as in Marquardt 1963).
+of l, which may be 0) are chosen by the loss on other samples (as in Marquardt 1963). Supports are sought as
+if the model had converged: the step may be a long one, after which saliencies say little.
 """
 
 from __future__ import annotations
@@ -374,8 +375,8 @@ RIDGES = (0.05, 0.2, 0.8)
 """Of the mean diagonal of the Fisher information; the first one is tried with every support."""
 TRAINING_RIDGES = (1.0, 10.0, 3.0, 0.3, 0.1, 0.03, 0.01)
 """The same where there is a gradient: the damping of a step of Levenberg and Marquardt."""
-_LENGTHS = (0.25, 0.5, 1.0, 2.0)
-"""Factors of the gradient in such a step."""
+_LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
+"""Factors of the gradient in such a step; with 0, there is none."""
 
 
 def solve(
@@ -401,21 +402,26 @@ def solve(
             what the judge likes best of these, of the other form of the Fisher information, and of ridges.
         ridge: in units of `mean_diagonal`; None stands for all of `RIDGES` with `best`, else for the first;
             with a gradient for those of `TRAINING_RIDGES`.
-        linear: the gradient of the loss, float32 ``[O, K]`` each, where the model has not converged.
+        linear: the gradient of the loss, float32 ``[O, K]`` each, where the model has not converged: weights
+            that stay take a step down it, as far as the judge likes.
         judge: where there is something to choose, the loss of given weights on samples that `gradients` does
-            not hold. Given a gradient it also chooses ridge and length of the step.
+            not hold.
+
+    Raises:
+        ValueError: there is no judge, and method `best` or a gradient.
     """
+    if judge is None and (method == "best" or linear is not None):
+        raise ValueError("method best and a gradient need a judge")
     unit = mean_diagonal(gradients)
     if ridge is not None:
         ridges: tuple[float, ...] = (ridge,)
     else:
         ridges = RIDGES if linear is None else TRAINING_RIDGES
     first, *others = (
-        Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE), linear) for relative in ridges
+        Quadratic(weights, gradients, max(unit * relative, _LEAST_RIDGE)) for relative in ridges
     )
     if method == "best":
-        if judge is None:
-            raise ValueError("method best needs a judge")
+        assert judge is not None
         found = _best(first, others if linear is None else (), sparsity, scope, judge)
     else:
         found = _BY[method](first, sparsity, scope)
@@ -423,7 +429,8 @@ def solve(
         return found
     least, best = judge(found.values), found
     damped = [max(unit * r, _LEAST_RIDGE) for r in ridges]
-    for values in joint_solutions(first, found.masks, damped, _LENGTHS):
+    trained = replace(first, linear=linear)
+    for values in joint_solutions(trained, found.masks, damped, _LENGTHS):
         if (loss := judge(values)) < least:
             least, best = loss, replace(found, values=values, block="model")
     return best

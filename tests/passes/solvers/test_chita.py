@@ -207,8 +207,9 @@ def test_solve_by_one_method(method: Method) -> None:
     assert sum(int((v == 0).sum()) for v in found.values) == round(0.6 * 83)
     assert found.support in (method, "magnitude")
     assert found.block == ("row" if method == "obs" else "model")
-    with pytest.raises(ValueError, match="needs a judge"):
-        solve(weights, gradients, 0.6)
+    for needing in ({}, {"method": method, "linear": weights}):
+        with pytest.raises(ValueError, match="need a judge"):
+            solve(weights, gradients, 0.6, **needing)
 
 
 @pytest.mark.parametrize("n", [6, 60])
@@ -241,7 +242,7 @@ def test_a_training_step_is_the_one_the_judge_likes() -> None:
     problem = example(8, 0, slope=1.0, rows=7, columns=11)
     weights, gradients, linear = problem.weights, problem.gradients, problem.linear
     unit = mean_diagonal(gradients)
-    one = solve(weights, gradients, 0.6, method="obd", linear=linear)
+    one = solve(weights, gradients, 0.6, method="obd", ridge=1.0)
     (far,) = joint_solutions(problem, one.masks, [0.03 * unit], [2.0])
     assert float((flat(far) - flat(one.values)).norm()) > 1
     for wanted in (far, one.values):
@@ -251,6 +252,23 @@ def test_a_training_step_is_the_one_the_judge_likes() -> None:
 
         found = solve(weights, gradients, 0.6, method="obd", linear=linear, judge=distance)
         assert_close(flat(wanted), flat(found.values), db=60)
+
+
+@pytest.mark.parametrize("method", ["obs", "obd", "magnitude", "thresholding"])
+def test_a_gradient_that_leads_astray(method: Method) -> None:
+    """The support is that without it, and the values are no worse."""
+    problem = example(8, 0, slope=1.0)
+    weights, gradients = problem.weights, problem.gradients
+    plain = solve(weights, gradients, 0.6, method=method, ridge=0.5)
+    assert problem.linear is not None
+    linear = tuple(1e6 * v for v in problem.linear)
+
+    def loss(values: tuple[Tensor, ...]) -> float:
+        return float((flat(values) - flat(weights)).norm())
+
+    found = solve(weights, gradients, 0.6, method=method, ridge=0.5, linear=linear, judge=loss)
+    assert torch.equal(flat(found.masks), flat(plain.masks))
+    assert loss(found.values) <= loss(plain.values)
 
 
 @pytest.mark.parametrize("method", ["obs", "obd"])
