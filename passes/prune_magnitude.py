@@ -99,7 +99,10 @@ class PruneMagnitude(Pass):
 
         what = self.pattern if pattern.m or pattern.unit > 1 else f"pruned {self.ratios or self.scope}"
         action = what if how == "magnitude" else f"{what} {how}"
-        result, changes = pruned(graph, context, sites, choose, self.refit, action, _NEEDS[plain])
+        refit, needs = self.refit, _NEEDS[plain]
+        if refit and how == "alps":
+            refit, needs = False, needs | {"G"}  # its values are fitted already, to these
+        result, changes = pruned(graph, context, sites, choose, refit, action, needs)
         return PassResult(result, changes, tuple(notes))
 
 
