@@ -150,13 +150,13 @@ def _compared(
                 began = time.process_time()
                 done = step.apply(task.graph, Context(task.graph, data, seed))
                 seconds[form].append(time.process_time() - began)
-                scores[form].append(task.accuracy(done.graph))
-                losses[form] += task.loss(done.graph, count, seed, 200 if quick else 2000)
                 if megabytes is not None and not form and len(seconds[form]) == 1:
                     target = f"<= {megabytes:.0f}"
                     yield measured(
                         f"{what}: memory on top of data and network", _peak() - before, "MB", target
                     )
+                scores[form].append(task.accuracy(done.graph))
+                losses[form] += task.loss(done.graph, count, seed, 200 if quick else 2000)
         ignored: dict[str, Any] = {"sparsity": sparsity, "refit": False, "ignore": task.ignore}
         for name, baseline in (
             ("random", PruneRandom(ratios="uniform", **ignored)), ("magnitude", PruneMagnitude(**ignored))

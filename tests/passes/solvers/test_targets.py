@@ -30,6 +30,7 @@ def moments(p: Problem, part: slice = slice(None)) -> Moments:
     seed=st.integers(0, 99),
 )
 def test_equals_stacked_least_squares(rows: int, columns: int, groups: int, zeros: bool, seed: int) -> None:
+    """Of pruned weights nearly: a hundredth of what can be gained may be left."""
     p = problem(seed, rows, columns, 50, groups, change=0.5)
     if zeros:
         p.weight[p.weight < 0.3] = 0
@@ -44,7 +45,11 @@ def test_equals_stacked_least_squares(rows: int, columns: int, groups: int, zero
         if len(kept):
             expected[kept] = torch.linalg.lstsq(left[:, kept], right.unsqueeze(1)).solution[:, 0]
         assert torch.equal(found[i] == 0, expected == 0)
-        assert_close(expected, found[i], db=60)
+        if len(kept) < columns:
+            start, least, reached = ((left @ v - right).square().sum() for v in (w, expected, found[i]))
+            assert reached - least <= 0.01 * (start - least) + 1e-9 * start
+        else:
+            assert_close(expected, found[i], db=60)
 
 
 def test_rounding_the_target_is_rounding_with_both_moments() -> None:
