@@ -156,7 +156,8 @@ def _compared(
                         f"{what}: memory on top of data and network", _peak() - before, "MB", target
                     )
                 scores[form].append(task.accuracy(done.graph))
-                losses[form] += task.loss(done.graph, count, seed, 200 if quick else 2000)
+                if len(forms) > 1:
+                    losses[form] += task.loss(done.graph, count, seed, 200 if quick else 2000)
         ignored: dict[str, Any] = {"sparsity": sparsity, "refit": False, "ignore": task.ignore}
         for name, baseline in (
             ("random", PruneRandom(ratios="uniform", **ignored)), ("magnitude", PruneMagnitude(**ignored))

@@ -6,7 +6,7 @@ With the Fisher information as Hessian, the loss around the dense weights ``w~``
 
 to be minimised over all w with at most k entries that are not zero (Benbaki et al. 2023, "Fast as CHITA:
 Neural Network Pruning with Combinatorial Optimization", section 2). The Hessian is never formed. ``l = 0``
-says that the dense model has converged; else it is the gradient of the loss (`linear`).
+says that the dense model has converged; else it is the gradient of the loss (`joint_solutions`).
 
 `back_solve` is the exact solution on a support, over all weights jointly or with a Fisher information that is
 block-diagonal in the rows (output channels) of the weights: n samples cannot tell how millions of weights
@@ -50,13 +50,11 @@ class Quadratic:
         weights: the dense weights, float32 ``[O, K]`` each.
         gradients: of the samples, at these weights; one for each weight.
         ridge: > 0, in units of the Fisher information.
-        linear: l, the gradient of the loss at these weights, float32 ``[O, K]`` each; None for zero.
     """
 
     weights: tuple[Tensor, ...]
     gradients: tuple[Gradients, ...]
     ridge: float
-    linear: tuple[Tensor, ...] | None = None
 
     @property
     def samples(self) -> int:
@@ -69,25 +67,19 @@ class Quadratic:
         return torch.stack(terms).sum(0)
 
     def objective(self, values: tuple[Tensor, ...]) -> float:
-        """Q."""
+        """Q at l = 0."""
         step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
         curved = float(self.times(step).double().square().sum()) / (2 * self.samples)
         pull = sum(float(d.double().square().sum()) for d in step)
-        slope = zip(self.linear or (), step, strict=False)
-        return curved + self.ridge / 2 * pull + sum(float((s.double() * d.double()).sum()) for s, d in slope)
+        return curved + self.ridge / 2 * pull
 
     def slope(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradient of Q, float32 ``[O, K]`` each."""
+        """The gradient of Q at l = 0, float32 ``[O, K]`` each."""
         step = tuple(v - w for v, w in zip(values, self.weights, strict=True))
         r = self.times(step) / self.samples
-        curved = tuple(
+        return tuple(
             g.transposed(r).add_(d, alpha=self.ridge) for g, d in zip(self.gradients, step, strict=True)
         )
-        return curved if self.linear is None else _sum(curved, self.linear)
-
-
-def _sum(a: tuple[Tensor, ...], b: tuple[Tensor, ...], factor: float = 1.0) -> tuple[Tensor, ...]:
-    return tuple(x.add(y, alpha=factor) for x, y in zip(a, b, strict=True))
 
 
 def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
@@ -101,12 +93,12 @@ def mean_diagonal(gradients: tuple[Gradients, ...]) -> float:
 
 
 def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
-    """The minimiser of Q over the weights that are zero outside a support.
+    """The minimiser of Q at l = 0 over the weights that are zero outside a support.
 
     "model", by Woodbury's identity, with S the support and R the rest:
-    ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 G_R w~_R - (G_S^T G_S / n + ridge I)^-1 l_S``, one
-    factorisation of an n x n matrix, in double precision; where fewer weights stay than there are samples,
-    of the matrix ``G_S^T G_S + n ridge I`` instead. "row": the same for each row of each weight alone.
+    ``w_S = w~_S + G_S^T (G_S G_S^T + n ridge I)^-1 G_R w~_R``, one factorisation of an n x n matrix, in
+    double precision; where fewer weights stay than there are samples, of ``G_S^T G_S + n ridge I`` instead.
+    "row": the same for each row of each weight alone.
 
     Args:
         masks: bool ``[O, K]`` each, True = kept.
@@ -116,20 +108,36 @@ def back_solve(problem: Quadratic, masks: tuple[Tensor, ...], block: Block) -> t
     """
     if block == "row":
         return tuple(_rows(problem, i, mask)[0] for i, mask in enumerate(masks))
-    return next(joint_solutions(problem, masks, [problem.ridge], [1.0]))
+    return next(joint_solutions(problem, masks, [problem.ridge]))
 
 
 def joint_solutions(
-    problem: Quadratic, masks: tuple[Tensor, ...], ridges: Sequence[float], lengths: Sequence[float]
+    problem: Quadratic,
+    masks: tuple[Tensor, ...],
+    ridges: Sequence[float],
+    linear: tuple[Tensor, ...] | None = None,
+    lengths: Sequence[float] = (1.0,),
 ) -> Iterator[tuple[Tensor, ...]]:
-    """`back_solve` over all weights jointly for each ridge, and for each of these with factors of l, at
-    little more than the cost of one."""
+    """`back_solve` over all weights jointly for each ridge, and for each of these less a factor times
+    ``(G_S^T G_S / n + ridge I)^-1 l_S``, at little more than the cost of one.
+
+    Args:
+        masks: bool ``[O, K]`` each, True = kept.
+        ridges: in place of the problem's.
+        linear: l, the gradient of the loss at the dense weights, float32 ``[O, K]`` each; None for zero.
+        lengths: the factors.
+
+    Returns:
+        float32 ``[O, K]`` each, zero where a mask is False.
+    """
     removed = tuple(w.masked_fill(m, 0.0) for w, m in zip(problem.weights, masks, strict=True))
     missing = problem.times(removed).double()
     form = _by_weights if sum(int(m.sum()) for m in masks) < problem.samples else _by_samples
-    for change, step in form(problem, masks, missing, ridges):
+    for change, step in form(problem, masks, missing, linear, ridges):
         for length in lengths:
-            total = change if step is None else _sum(change, step, -length)
+            total = change
+            if step is not None:
+                total = tuple(c.add(s, alpha=-length) for c, s in zip(change, step, strict=True))
             yield tuple(
                 torch.where(m, w + d, 0.0) for w, m, d in zip(problem.weights, masks, total, strict=True)
             )
@@ -140,7 +148,11 @@ _Parts = tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]
 
 
 def _by_samples(
-    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, ridges: Sequence[float]
+    problem: Quadratic,
+    masks: tuple[Tensor, ...],
+    missing: Tensor,
+    linear: tuple[Tensor, ...] | None,
+    ridges: Sequence[float],
 ) -> Iterator[_Parts]:
     """For each ridge ``G^T (G_S G_S^T + n ridge I)^-1 missing`` and ``(F_SS + ridge I)^-1 l_S``, right on the
     support.
@@ -153,8 +165,8 @@ def _by_samples(
     for gradients, mask in zip(problem.gradients, masks, strict=True):
         kernel += gradients.gram(mask)
     rest: tuple[Tensor, ...] | None = None
-    if problem.linear is not None:
-        linear = tuple(v.where(m, 0.0) for v, m in zip(problem.linear, masks, strict=True))
+    if linear is not None:
+        linear = tuple(v.where(m, 0.0) for v, m in zip(linear, masks, strict=True))
         a = _solved(kernel, 1e-7 * float(kernel.diagonal().mean()), problem.times(linear).double())
         inside = tuple(g.transposed(a.float()) for g in problem.gradients)
         rest = tuple(v - i.where(m, 0.0) for v, i, m in zip(linear, inside, masks, strict=True))
@@ -169,15 +181,19 @@ def _by_samples(
 
 
 def _by_weights(
-    problem: Quadratic, masks: tuple[Tensor, ...], missing: Tensor, ridges: Sequence[float]
+    problem: Quadratic,
+    masks: tuple[Tensor, ...],
+    missing: Tensor,
+    linear: tuple[Tensor, ...] | None,
+    ridges: Sequence[float],
 ) -> Iterator[_Parts]:
     """The same as ``(G_S^T G_S + n ridge I)^-1`` times ``G_S^T missing`` and ``n l_S`` on the support, zero
     elsewhere."""
     g = torch.cat([g.columns(m) for g, m in zip(problem.gradients, masks, strict=True)], 1)
     product, right = (g.T @ g).double(), [g.T.double() @ missing]
-    if problem.linear is not None:
-        linear = torch.cat([v[m] for v, m in zip(problem.linear, masks, strict=True)])
-        right.append(problem.samples * linear.double())
+    if linear is not None:
+        kept = torch.cat([v[m] for v, m in zip(linear, masks, strict=True)])
+        right.append(problem.samples * kept.double())
     sizes = [int(m.sum()) for m in masks]
     for ridge in ridges:
         found = []
@@ -224,27 +240,11 @@ def _rows(problem: Quadratic, index: int, mask: Tensor, *, saliencies: bool = Fa
             change = g.mT @ torch.cholesky_solve(r, factor)
         else:
             change = torch.cholesky_solve(g.mT @ r, factor)
-        if problem.linear is not None:
-            linear = problem.linear[index][here].gather(1, place).mul_(valid).unsqueeze(2)
-            change -= _step(g, factor, linear, n, ridge)
         found = (w.gather(1, place) + change.squeeze(2)).mul_(valid)
         solution[here].scatter_(1, place, found)
         if saliencies:
             scores[here].scatter_(1, place, found.square() / (2 * _inverse_diagonal(g, factor, n, ridge)))
     return solution, scores
-
-
-def _step(g: Tensor, factor: Tensor, linear: Tensor, n: int, ridge: float) -> Tensor:
-    """``(g^T g / n + ridge I)^-1 l``: float32 ``[r, k, 1]`` for g ``[r, n, k]``."""
-    if n >= g.shape[2]:
-        return torch.cholesky_solve(n * linear, factor)
-
-    def approximately(v: Tensor) -> Tensor:
-        return (v - g.mT @ torch.cholesky_solve(g @ v, factor)).div_(ridge)
-
-    # of the part along the gradients little is left in the difference: once more, for what is missing
-    found = approximately(linear)
-    return found + approximately(linear - (g.mT @ (g @ found)).div_(n).add_(found, alpha=ridge))
 
 
 def _factor(matrices: Tensor, ridge: float) -> Tensor:
@@ -429,8 +429,7 @@ def solve(
         return found
     least, best = judge(found.values), found
     damped = [max(unit * r, _LEAST_RIDGE) for r in ridges]
-    trained = replace(first, linear=linear)
-    for values in joint_solutions(trained, found.masks, damped, _LENGTHS):
+    for values in joint_solutions(first, found.masks, damped, linear, _LENGTHS):
         if (loss := judge(values)) < least:
             least, best = loss, replace(found, values=values, block="model")
     return best

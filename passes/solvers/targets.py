@@ -25,8 +25,7 @@ from compress.passes.solvers.refit import refit_survivors
 RIDGES = (0.01, 0.1, 1.0)
 """Tried in turn; fractions of the mean of diag(H)."""
 _ENOUGH: dict[str, Any] = {"iterations": 10, "tolerance": 0.01}
-"""How far pruned weights are fitted, which will be rounded: what is left of a hundredth of the slope is a
-ten-thousandth of the gain."""
+"""How far pruned weights are fitted to choose by, and to be rounded."""
 
 
 class Moments(NamedTuple):
@@ -36,13 +35,14 @@ class Moments(NamedTuple):
     G: Tensor
 
 
-def refit_target(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
-    """W' of the module docstring; exact zeros of the weight stay zero, and the others come close to it.
+def refit_target(weight: Tensor, moments: Moments, ridge: float, **accuracy: Any) -> Tensor:
+    """W' of the module docstring; exact zeros of the weight stay zero.
 
     Args:
         weight: float ``[O, N]``; its rows belong to the groups of H in order.
         moments: of the inputs; computation is in their dtype.
         ridge: lambda, as a fraction of the mean of diag(H).
+        accuracy: of a weight with zeros, `iterations` and `tolerance` of `refit_survivors`.
 
     Returns:
         ``[O, N]``; the weight itself where H cannot be factorised.
@@ -50,7 +50,7 @@ def refit_target(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     H, G = moments
     keep = weight != 0
     if not bool(keep.all()):
-        return refit_survivors(weight, keep, H, G=G, damping=ridge, **_ENOUGH)
+        return refit_survivors(weight, keep, H, G=G, damping=ridge, **accuracy)
     w = columns_of(weight.to(H.dtype), H.shape[0])
     lower, info = torch.linalg.cholesky_ex(damped(H, ridge))
     if bool(info.any()):
@@ -73,10 +73,10 @@ def choose_target(weight: Tensor, moments: Moments, fitting: Moments, held_out: 
     some = _some_rows(weight, len(moments.H))
     best, chosen = _error(some, some, held_out), None
     for ridge in RIDGES:
-        error = _error(some, refit_target(some, fitting, ridge), held_out)
+        error = _error(some, refit_target(some, fitting, ridge, **_ENOUGH), held_out)
         if error < best:
             best, chosen = error, ridge
-    return weight if chosen is None else refit_target(weight, moments, chosen)
+    return weight if chosen is None else refit_target(weight, moments, chosen, **_ENOUGH)
 
 
 def _some_rows(weight: Tensor, groups: int) -> Tensor:
